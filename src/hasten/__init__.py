@@ -1,0 +1,1 @@
+"""hasten: the Transformers you already have, faster, without changing what they compute."""
