@@ -39,6 +39,9 @@ LIBRARY_HOMES = {
     "tokenizers": {"models", "engine", "train", "serve", "bench", "cli"},
 }
 
+# variables of other libraries that a module may read where it meets that library
+FOREIGN_VARIABLES = ("TRITON_INTERPRET",)
+
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_KERNEL_LINES = 120
@@ -127,6 +130,24 @@ def print_violations(module: str, source: str) -> list[str]:
         f"{module}:{call.lineno}: print() belongs to hasten.cli; return the text instead"
         for call in calls
         if isinstance(call.func, ast.Name) and call.func.id == "print"
+    ]
+
+
+def environment_violations(module: str, source: str) -> list[str]:
+    """Refuse reading the environment outside config, except a listed variable of another library."""
+    if module == "hasten.config":
+        return []
+    lines = source.splitlines()
+    reads = {
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"))
+        or (isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} & {"environ", "getenv"})
+    }
+    return [
+        f"{module}:{line}: the environment is read in hasten.config only"
+        for line in sorted(reads)
+        if not any(f'"{name}"' in lines[line - 1] for name in FOREIGN_VARIABLES)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Arrows point down: floors, implementations that ignore each other, libraries in their homes, one printer."""
+"""Arrows point down: floors, implementations that ignore each other, libraries in their homes, one printer, one reader of settings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ ALL_RULES = (
     rules.implementation_violations,
     rules.library_violations,
     rules.print_violations,
+    rules.environment_violations,
 )
 
 
@@ -105,3 +106,15 @@ def test_a_library_at_home_is_allowed():
 def test_print_is_refused_outside_the_command_line():
     assert len(rules.print_violations("hasten.engine.engine", "def f():\n    print('x')")) == 1
     assert rules.print_violations("hasten.cli.generate", "print('x')") == []
+
+
+@pytest.mark.parametrize(
+    "source", ["os.environ['HASTEN_X']", "os.getenv('X', '')", "from os import environ", 'os.environ.get("OTHER")']
+)
+def test_reading_the_environment_outside_config_is_refused(source):
+    assert len(rules.environment_violations("hasten.ops.choose", source)) == 1
+    assert rules.environment_violations("hasten.config", source) == []
+
+
+def test_the_variable_of_another_library_is_allowed_where_listed():
+    assert rules.environment_violations("hasten.ops.choose", 'os.environ.get("TRITON_INTERPRET")') == []
