@@ -1,4 +1,4 @@
-"""Arrows point down: floors, implementations that ignore each other, libraries in their homes, one printer, one reader of settings."""
+"""Arrows point down: floors, separate implementations, libraries at home, one printer, one reader of settings."""
 
 from __future__ import annotations
 
