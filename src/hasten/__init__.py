@@ -1,1 +1,49 @@
-"""hasten: the Transformers you already have, faster, without changing what they compute."""
+"""hasten: the Transformers you already have, faster, to train and to run, without changing what they compute.
+
+`attention` and the masks are here at once; what needs transformers is loaded when first used. Importing this
+loads neither triton nor transformers, and asks no device anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hasten.masks import BlockSparse, Causal, Dense, Documents, Full, Global, Padding, Window
+from hasten.ops.alibi import ALiBi
+from hasten.ops.attention import attention
+from hasten.ops.explain import explain
+from hasten.ops.merge import merge
+
+if TYPE_CHECKING:
+    from hasten.models import accelerate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALiBi",
+    "BlockSparse",
+    "Causal",
+    "Dense",
+    "Documents",
+    "Full",
+    "Global",
+    "Padding",
+    "Window",
+    "accelerate",
+    "attention",
+    "explain",
+    "merge",
+]
+
+_LAZY = {"accelerate": "hasten.models"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'hasten' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

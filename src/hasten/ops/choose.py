@@ -1,0 +1,77 @@
+"""Which implementation serves a call: a fixed order for each kind of device, and the reasons.
+
+The first of the order that does not refuse the call is taken. `implementation=` or the environment
+variable HASTEN_IMPLEMENTATION forces one: outside its envelope that is an error, never a silent switch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from hasten import config
+from hasten.errors import ArgumentError, UnsupportedError
+from hasten.ops.call import Call, Gradients
+
+#: name -> module, and for each device type the order in which they are asked.
+MODULES = {
+    "portable": "hasten.ops.portable",
+    "blockwise": "hasten.ops.blockwise",
+    "reference": "hasten.ops.reference",
+}
+ORDER = {"cuda": ("portable", "blockwise", "reference")}
+ORDER_ELSEWHERE = ("blockwise", "reference")
+
+
+class Implementation(Protocol):
+    """What `call.py` says an implementation is."""
+
+    def refuses(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
+        """Why the call is outside the envelope, or None."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """(out, lse)."""
+
+    def backward(self, dout: Tensor, dlse: Tensor | None, *saved: Any) -> Gradients:
+        """Gradients of q, k, v, out, lse, call."""
+
+
+def load(name: str) -> Implementation:
+    """The implementation of that name; its module is imported on first use."""
+    module: Any = importlib.import_module(MODULES[name])
+    return module  # type: ignore[no-any-return]
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, call: Call, forced: str | None) -> tuple[str, dict[str, str]]:
+    """(name of the implementation, why each one before it in the order was passed over).
+
+    Raises ArgumentError for an unknown forced name and UnsupportedError for one that refuses the call.
+    """
+    forced = forced or config.forced_implementation()
+    if forced is not None:
+        if forced not in MODULES:
+            raise ArgumentError("implementation", f"one of {', '.join(MODULES)}", repr(forced), "or leave it out")
+        reason = _refusal(forced, q, k, v, call)
+        if reason:
+            raise UnsupportedError(forced, reason, "leave implementation out to have another one chosen")
+        return forced, {}
+    refused: dict[str, str] = {}
+    for name in ORDER.get(q.device.type, ORDER_ELSEWHERE):
+        reason = _refusal(name, q, k, v, call)
+        if reason is None:
+            return name, refused
+        refused[name] = reason
+    raise UnsupportedError("any", "; ".join(f"{name}: {why}" for name, why in refused.items()), "see hasten.explain")
+
+
+def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
+    if name == "portable":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"Triton kernels need a GPU, q is on {q.device.type}"
+    return load(name).refuses(q, k, v, call)
