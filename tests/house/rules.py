@@ -197,8 +197,9 @@ def docstring_violations(module: str, source: str) -> list[str]:
 
 
 def listed_names(tree: ast.Module) -> list[str] | None:
-    """Return the literal value of `__all__`, or None when the module has none."""
+    """Return the names written out in `__all__`, or None when the module has none or computes it."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(ast.unparse(target) == "__all__" for target in node.targets):
-            return list(ast.literal_eval(node.value))
+            names = node.value.elts if isinstance(node.value, ast.List | ast.Tuple) else [node.value]
+            return [name.value for name in names] if all(isinstance(name, ast.Constant) for name in names) else None
     return None

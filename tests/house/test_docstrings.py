@@ -39,6 +39,11 @@ def test_all_decides_what_is_public():
     assert rules.docstring_violations("m", source) == ["m:3: f is public and has no docstring"]
 
 
+def test_a_computed_all_hides_nothing():
+    source = '"""M."""\n__all__ = [*NAMES]\ndef f(): ...\ndef g(): ...\n'
+    assert len(rules.docstring_violations("m", source)) == 2
+
+
 def test_a_docstring_without_shapes_is_refused():
     assert has_shapes("q: (batch, seqlen_q, num_heads, head_dim)")
     assert not has_shapes("q: the queries (see the paper)")
