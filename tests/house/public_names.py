@@ -4,7 +4,8 @@ from __future__ import annotations
 
 MASKS = ("Full", "Causal", "Window", "Global", "BlockSparse", "Documents", "Padding", "Dense")
 BIASES = ("ALiBi",)
-TENSOR_FUNCTIONS = ("attention", "merge", "explain")
+TENSOR_FUNCTIONS = ("attention", "merge")  # each states its shapes
+REPORTS = ("explain",)  # takes what attention takes and says so
 MODELS = ("accelerate",)
 
-PUBLIC_NAMES = {*MASKS, *BIASES, *TENSOR_FUNCTIONS, *MODELS}
+PUBLIC_NAMES = {*MASKS, *BIASES, *TENSOR_FUNCTIONS, *REPORTS, *MODELS}

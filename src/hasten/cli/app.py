@@ -81,7 +81,7 @@ def options(
     """Faster Transformers, to train and to run, with the same results."""
     threads = config.num_threads()
     if threads is not None:
-        import torch  # only when a thread count was asked for: --help stays fast
+        import torch  # this module knows torch only for the thread count
 
         torch.set_num_threads(threads)
 
