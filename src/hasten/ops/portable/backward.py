@@ -13,8 +13,8 @@ import triton.language as tl
 from hasten.ops.portable.cells import (
     LOG2E,
     band_cells,
+    bias_matrix,
     bit_cells,
-    head_bias,
     key_bounds,
     key_tiles,
     listed,
@@ -138,7 +138,11 @@ def attention_dkdv(
             q_ptrs = q_ptr + q_at + head.to(tl.int64) * q_strides[2] + wide_lines * q_strides[1] + dims[None, :]
             dout_ptrs = dout_ptr + dout_at + head.to(tl.int64) * dout_strides[2] + wide_lines * dout_strides[1] + dims_v[None, :]
             row_at = lse_at + head.to(tl.int64) * lse_strides[1]
-            bias_at, slope = head_bias(bias, slopes, number, head, terms[2], slope_stride)
+            bias_at, slope = bias, slopes
+            if bias is not None:
+                bias_at = bias_matrix(bias, number, head, terms[2])
+            if slopes is not None:
+                slope = tl.load(slopes + number * slope_stride + head)
             place = (length_q, end_key, shift, number * (num_kv_heads * GROUP_SIZE) + head)
             if lists is None:
                 first, full_first, full_end, end = query_tiles(n0, tl.minimum(n0 + BLOCK_N, length_k), shift, band[0], band[1], first_key, end_key, length_q, BLOCK_M)
@@ -221,7 +225,11 @@ def attention_dq(
         lse, delta = row_statistics(lse_ptr + row_at, delta_ptr + row_at, rows, length_q)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         dslope = tl.zeros([BLOCK_M], tl.float32)
-        bias_at, slope = head_bias(bias, slopes, number, head, terms[2], slope_stride)
+        bias_at, slope = bias, slopes
+        if bias is not None:
+            bias_at = bias_matrix(bias, number, head, terms[2])
+        if slopes is not None:
+            slope = tl.load(slopes + number * slope_stride + head)
         first_key, end_key = key_bounds(key_range, number, length_k)
         shift = length_k - length_q
         place = (length_q, end_key, shift, number * num_heads + head)
@@ -237,7 +245,7 @@ def attention_dq(
             n0 = (full_first + step) * BLOCK_N if lists is None else tl.load(lists[1] + full_first + step) * BLOCK_N
             k = load_tile(k_ptrs + n0.to(tl.int64) * k_strides[1], in_dims, EVEN)
             v = load_tile(v_ptrs + n0.to(tl.int64) * v_strides[1], in_dims_v, EVEN_V)
-            dq, dslope, _ = _row_tile(dq, dslope, q, k, v, dout, None, rows, n0 + columns, lse, delta, terms, bias_at, slope, seed, place, False, PRECISION)  # fmt: skip
+            dq, dslope, _ds = _row_tile(dq, dslope, q, k, v, dout, None, rows, n0 + columns, lse, delta, terms, bias_at, slope, seed, place, False, PRECISION)  # fmt: skip
         for step in range(0, num_partial):
             if lists is None:
                 n0 = tl.where(step < num_left, first + step, full_end + step - num_left) * BLOCK_N
@@ -249,7 +257,7 @@ def attention_dq(
                 seen = tl.max(keep.to(tl.int32), 0) > 0
             k = tl.load(k_ptrs + n0.to(tl.int64) * k_strides[1], mask=seen[:, None] & in_dims, other=0.0)
             v = tl.load(v_ptrs + n0.to(tl.int64) * v_strides[1], mask=seen[:, None] & in_dims_v, other=0.0)
-            dq, dslope, _ = _row_tile(dq, dslope, q, k, v, dout, keep, rows, n0 + columns, lse, delta, terms, bias_at, slope, seed, place, True, PRECISION)  # fmt: skip
+            dq, dslope, _ds = _row_tile(dq, dslope, q, k, v, dout, keep, rows, n0 + columns, lse, delta, terms, bias_at, slope, seed, place, True, PRECISION)  # fmt: skip
         dq_ptrs = dq_ptr + dq_at + wide_head * dq_strides[2] + wide_rows * dq_strides[1] + dims[None, :]
         tl.store(dq_ptrs, (dq * terms[0]).to(dq_ptr.dtype.element_ty), mask=in_rows & in_dims)
         if dslope_ptr is not None:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hasten.ops.portable.backward import row_statistics, score_gradient
-from hasten.ops.portable.cells import band_cells, bit_cells, head_bias, key_bounds, key_tiles, listed
+from hasten.ops.portable.cells import band_cells, bit_cells, bias_matrix, key_bounds, key_tiles, listed
 
 
 @triton.jit
@@ -68,8 +68,8 @@ def attention_dbias(
         dout = tl.load(dout_ptrs, mask=in_rows & in_dims_v, other=0.0)
         row_at = wide_number * lse_strides[0] + wide_head * lse_strides[1]
         lse, delta = row_statistics(lse_ptr + row_at, delta_ptr + row_at, rows, seqlen_q)
-        bias_at, _ = head_bias(bias, None, number, head, terms[2], 0)
-        dbias_at, _ = head_bias(dbias_ptr, None, own // (1 if ONE_HEAD else num_heads), 0 if ONE_HEAD else head, dbias_strides, 0)
+        bias_at = bias_matrix(bias, number, head, terms[2])
+        dbias_at = bias_matrix(dbias_ptr, own if ONE_HEAD else own // num_heads, 0 if ONE_HEAD else head, dbias_strides)
         first_key, end_key = key_bounds(key_range, number, seqlen_k)
         place = (seqlen_q, end_key, shift, number * num_heads + head)
         if lists is None:
@@ -89,5 +89,5 @@ def attention_dbias(
             v = tl.load(v_ptrs + tl.cast(n0, tl.int64) * v_strides[1], mask=(keys < seqlen_k)[:, None] & in_dims_v, other=0.0)
             raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-            _, ds, _ = score_gradient(raw, dp, keep, rows[:, None], keys[None, :], lse[:, None], delta[:, None], terms, bias_at, None, seed, place, True)
+            _met, ds, _inner = score_gradient(raw, dp, keep, rows[:, None], keys[None, :], lse[:, None], delta[:, None], terms, bias_at, None, seed, place, True)
             _add(dbias_at, ds, rows, keys, tile, (dbias_strides[2],), keep, ONE_ROW, ONE_KEY)

@@ -137,15 +137,9 @@ def survivors(seed, sequence_head, rows, keys, threshold):
 
 
 @triton.jit
-def head_bias(bias, slopes, number, head, bias_strides, slope_stride):
-    """(pointer to the bias matrix of one head, its ALiBi slope); None for what there is not."""
-    at = bias
-    slope = slopes
-    if bias is not None:
-        at = bias + tl.cast(number, tl.int64) * bias_strides[0] + tl.cast(head, tl.int64) * bias_strides[1]
-    if slopes is not None:
-        slope = tl.load(slopes + number * slope_stride + head)
-    return at, slope
+def bias_matrix(bias, number, head, bias_strides):
+    """Pointer to the bias matrix of one head."""
+    return bias + tl.cast(number, tl.int64) * bias_strides[0] + tl.cast(head, tl.int64) * bias_strides[1]
 
 
 @triton.jit

@@ -8,8 +8,8 @@ import triton.language as tl
 from hasten.ops.portable.cells import (
     LOG2E,
     band_cells,
+    bias_matrix,
     bit_cells,
-    head_bias,
     key_bounds,
     key_tiles,
     listed,
@@ -88,7 +88,11 @@ def attention_forward(
             row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head) * LOG2E
             row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        bias_at, slope = head_bias(bias, slopes, number, head, terms[2], slope_stride)
+        bias_at, slope = bias, slopes
+        if bias is not None:
+            bias_at = bias_matrix(bias, number, head, terms[2])
+        if slopes is not None:
+            slope = tl.load(slopes + number * slope_stride + head)
 
         first_key, end_key = key_bounds(key_range, number, length_k)
         shift = length_k - length_q
