@@ -5,6 +5,7 @@ A mask here is a few numbers, so that every peer can be told of it in its own wo
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class Problem:
     @property
     def pairs(self) -> int:
         """Visible cells over all batch entries and heads."""
-        return cost.visible_pairs(self.pattern.mask(), self.batch, self.num_heads, self.seqlen, self.seqlen)
+        return self.batch * self.num_heads * _pairs(self.pattern, self.seqlen)
 
     def flops(self, phase: str) -> int:
         """FLOPs of "forward" or "backward"."""
@@ -140,6 +141,15 @@ class Problem:
             return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(self.dtype)
 
         return normal(self.num_heads), normal(self.num_kv_heads), normal(self.num_kv_heads), normal(self.num_heads)
+
+    def empty_tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of these sizes on a device, with nothing in them and next to no memory behind them."""
+
+        def empty(num_heads: int) -> Tensor:
+            row = torch.empty(self.head_dim, dtype=self.dtype, device=device)
+            return row.expand(self.batch, self.seqlen, num_heads, self.head_dim)
+
+        return empty(self.num_heads), empty(self.num_kv_heads), empty(self.num_kv_heads)
 
     def fields(self) -> dict[str, Any]:
         """What a record says of it."""
@@ -187,6 +197,12 @@ class Grid:
                 pattern=pattern,
                 dtype=self.dtype,
             )
+
+
+@functools.cache
+def _pairs(pattern: Pattern, seqlen: int) -> int:
+    """Visible cells of one head; kept, because counting a long Longformer mask takes seconds."""
+    return cost.visible_pairs(pattern.mask(), 1, 1, seqlen, seqlen)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -19,16 +19,12 @@ _SPIN_CYCLES_PER_S = 2.0e9  # at or above the clock of every GPU we know, so a s
 _MOST_IN_BURST = 50
 
 
-def _everywhere() -> AbstractContextManager[Any]:
-    return nullcontext()
-
-
 @dataclass(frozen=True)
 class Work:
     """Something to time: `call(i)` uses the i-th set of inputs; `context` is entered outside the time."""
 
     call: Callable[[int], object]
-    context: Callable[[], AbstractContextManager[Any]] = _everywhere
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -117,11 +113,11 @@ class CudaClock:
         with work.context():
             self._spin(1.5 * host_s * count + 2e-4)
             for number, (start, end) in enumerate(events, first):
-                start.record()  # type: ignore[no-untyped-call]
+                start.record()
                 work.call(number)
-                end.record()  # type: ignore[no-untyped-call]
+                end.record()
             torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in events]  # type: ignore[no-untyped-call]
+        return [start.elapsed_time(end) for start, end in events]
 
     def host_us(self, work: Work) -> float | None:
         return 1e6 * (self._host_s.get(work) or self._learn(work))
@@ -150,7 +146,7 @@ class CudaClock:
 
     @staticmethod
     def _spin(seconds: float) -> None:
-        torch.cuda._sleep(int(min(seconds, 0.1) * _SPIN_CYCLES_PER_S))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(int(min(seconds, 0.1) * _SPIN_CYCLES_PER_S))
 
 
 def clock_for(device: torch.device) -> Clock:

@@ -1,0 +1,213 @@
+"""`hasten bench`: measure attention and training beside the peers on this machine; tables and plots of records.
+
+Tables and JSON lines go to stdout, progress to stderr. All measuring is in `hasten.bench`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hasten.bench import attention as attention_suite
+from hasten.bench import peers as peers_module
+from hasten.bench import plots, records, tables
+from hasten.bench import training as training_suite
+from hasten.bench.problems import Grid, Pattern, parse_dtype, parse_sizes
+from hasten.bench.records import Record
+from hasten.bench.timing import Plan
+from hasten.errors import ArgumentError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure hasten beside its peers on this machine.")
+
+#: What is measured when nothing is said, by kind of device: the papers' grid on a GPU, seconds of work on a CPU.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"head_dim": "64,128,256", "seqlen": "512..16384", "tokens": 16384, "width": 2048, "dtype": "bf16"},
+    "cpu": {"head_dim": "64", "seqlen": "256..1024", "tokens": 1024, "width": 512, "dtype": "fp32"},
+}
+
+Device = Annotated[str | None, typer.Option(help="cuda or cpu; by default the GPU where there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default bf16 on a GPU, fp32 on a CPU.")]
+Out = Annotated[Path | None, typer.Option(help="Append the records to this file, one JSON line each.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the records instead of tables.")]
+Commit = Annotated[str | None, typer.Option(help="Commit of the sources, where git is not there to say.")]
+
+
+@app.command()
+def attention(
+    head_dim: Annotated[str | None, typer.Option(help="Sizes, such as 64,128.")] = None,
+    seqlen: Annotated[str | None, typer.Option(help="Lengths, such as 512..16384 (doubling).")] = None,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Causal mask (with --full, both; that is the default).")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="No mask.")] = False,
+    window: Annotated[list[str] | None, typer.Option(help="A window LEFT,RIGHT; may be repeated.")] = None,
+    longformer: Annotated[list[str] | None, typer.Option(help="WINDOW,GLOBAL tokens; may be repeated.")] = None,
+    forward: Annotated[bool, typer.Option("--forward", help="Forward only.")] = False,
+    backward: Annotated[bool, typer.Option("--backward", help="Backward only.")] = False,
+    dtype: Dtype = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="batch x seqlen.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="heads x head_dim.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Instead of --tokens.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Instead of --width.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="As many as heads by default.")] = None,
+    peers: Annotated[
+        str, typer.Option(help="auto, all, none, or names; flex compiles each problem for seconds.")
+    ] = "auto",
+    implementation: Annotated[list[str] | None, typer.Option(help="Which of ours; may be repeated.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Half the calls, and only the first of ours.")] = False,
+    device: Device = None,
+    out: Out = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture, such as attention.png.")] = None,
+    as_json: AsJson = False,
+    commit: Commit = None,
+) -> None:
+    """Attention on a grid of sizes: ours beside every peer here, checked first, then timed in turns."""
+    place = find_device(device)
+    usual = DEFAULTS.get(place.type, DEFAULTS["cpu"])
+    grid = Grid(
+        head_dims=parse_sizes("head-dim", head_dim or usual["head_dim"]),
+        seqlens=parse_sizes("seqlen", seqlen or usual["seqlen"]),
+        patterns=_patterns(causal, full, window or [], longformer or []),
+        dtype=parse_dtype(dtype or usual["dtype"]),
+        tokens=tokens or usual["tokens"],
+        width=width or usual["width"],
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+    )
+    ours = implementation or (list(peers_module.our_implementations(place)[:1]) if quick else [])
+    options = attention_suite.Options(
+        problems=list(grid),
+        peers=peers_module.find_peers(peers.split(","), place, ours),
+        device=place,
+        phases=["forward"] * forward + ["backward"] * backward or attention_suite.PHASES,
+        plan=attention_suite.quicker(Plan()) if quick else Plan(),
+        commit=commit,
+    )
+    made = Collector(out, as_json)
+    attention_suite.run(options, made.emit, tell)
+    made.show()
+    if plot:
+        plots.plot(made.records, plot)
+        tell(f"wrote {plot}")
+
+
+@app.command()
+def training(
+    model: Annotated[str, typer.Option(help="Shapes, separated by commas.")] = "",
+    attention: Annotated[str, typer.Option(help="Implementations in the model.")] = ",".join(training_suite.ATTENTIONS),
+    shape: Annotated[str, typer.Option(help="BATCHxLENGTH, separated by commas.")] = "",
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure each under torch.compile as well.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time, after three to warm up.")] = 10,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    commit: Commit = None,
+) -> None:
+    """A training step of a whole model: forward, backward and optimizer, with each attention."""
+    place = find_device(device)
+    usual = training_suite.DEFAULTS.get(place.type, training_suite.DEFAULTS["cpu"])
+    options = training_suite.Options(
+        models=(model or usual["models"]).split(","),
+        shapes=[training_suite.parse_shape(text) for text in (shape or usual["shapes"]).split(",")],
+        attentions=attention.split(","),
+        compiles=(False, True) if compiled else (False,),
+        steps=steps,
+        dtype=parse_dtype(dtype or usual["dtype"]),
+        device=place,
+        commit=commit,
+    )
+    made = Collector(out, as_json)
+    training_suite.run(options, made.emit, tell)
+    made.show()
+
+
+@app.command("table")
+def table(file: Annotated[list[Path], typer.Argument(help="Files of records.")]) -> None:
+    """Markdown tables of the last run of each case."""
+    print("\n\n".join(grid.to_markdown() for grid in tables.grids(_read(file))))
+
+
+@app.command("plot")
+def plot_records(
+    file: Annotated[list[Path], typer.Argument(help="Files of records.")],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("attention.png"),
+) -> None:
+    """A picture of the last run of each attention case."""
+    plots.plot(_read(file), out)
+    tell(f"wrote {out}")
+
+
+class Collector:
+    """Where records go as they are made: to a file, to stdout as JSON, and into the tables at the end."""
+
+    def __init__(self, path: Path | None, as_json: bool) -> None:
+        self.path, self.as_json = path, as_json
+        self.records: list[Record] = []
+
+    def emit(self, made: Sequence[Record]) -> None:
+        """Keep records, and write them at once: a run that is cut short keeps what it has."""
+        self.records += made
+        if self.path is not None:
+            records.append(self.path, made)
+        if self.as_json:
+            for record in made:
+                print(records.to_line(record), flush=True)
+
+    def show(self) -> None:
+        """Print the tables, unless JSON was asked for."""
+        if not self.as_json:
+            console = Console(width=None if sys.stdout.isatty() else 200)
+            for grid in tables.grids(self.records):
+                console.print(to_rich(grid))
+        if self.path is not None:
+            tell(f"{len(self.records)} records in {self.path}")
+
+
+def to_rich(grid: tables.Grid) -> Table:
+    """A table for a terminal, the best of each row marked."""
+    made = Table(title=grid.title, title_justify="left", title_style="bold")
+    for number, column in enumerate(grid.columns):
+        made.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in grid.rows:
+        made.add_row(*(Text(cell.text, style="bold green" if cell.is_best else "") for cell in row))
+    return made
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device asked for, or the GPU where there is one; raises ArgumentError for one that is not here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ArgumentError("device", "cuda or cpu", repr(name), "leave it out to have it chosen") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("device", "a device of this machine", repr(name), "PyTorch sees no GPU; see hasten doctor")
+    return device
+
+
+def tell(line: str) -> None:
+    """A line of talk, to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _patterns(causal: bool, full: bool, windows: list[str], longformers: list[str]) -> list[Pattern]:
+    """The masks asked for; causal and full where none was."""
+    asked = [Pattern(right=0)] * causal + [Pattern()] * full
+    asked += [Pattern.parse(f"window:{text}") for text in windows]
+    asked += [Pattern.parse(f"longformer:{text}") for text in longformers]
+    return asked or [Pattern(right=0), Pattern()]
+
+
+def _read(files: Sequence[Path]) -> list[Record]:
+    return [record for file in files for record in records.read(file)]

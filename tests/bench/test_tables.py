@@ -1,0 +1,145 @@
+"""Tables and plots from records: right cells, best marked, runs apart, and nothing made up."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from hasten.bench import plots, tables
+from hasten.errors import ArgumentError, MissingExtraError
+
+PLACE = {
+    "run": "1",
+    "device": "Some GPU",
+    "torch": "2.13",
+    "triton": "3.6.0",
+    "driver": None,
+    "commit": "abc",
+    "matmul_tflops": 700.0,
+}
+
+
+def attention(implementation: str, tflops: float | None, **changes: Any) -> dict[str, Any]:
+    record = {
+        **PLACE,
+        **{"kind": "attention", "implementation": implementation, "phase": "forward", "mask": "causal"},
+        **{"head_dim": 64, "num_heads": 32, "num_kv_heads": 32, "batch": 8, "seqlen": 2048, "dtype": "bf16"},
+        "status": "unsupported",
+    }
+    if tflops:
+        record |= {"status": "ok", "tflops": tflops, "median_ms": 100 / tflops, "share_of_ceiling": tflops / 700}
+        record |= {"vs_best_peer": 1.25}
+    return record | changes
+
+
+def training(implementation: str, tokens_per_s: float | None, **changes: Any) -> dict[str, Any]:
+    record = {**PLACE, "kind": "training", "implementation": implementation, "model": "gpt2", "dtype": "bf16"}
+    record |= {"batch": 8, "seqlen": 1024, "status": "out of memory"}
+    if tokens_per_s:
+        record |= {"status": "ok", "tokens_per_s": tokens_per_s, "mfu": 0.314, "peak_gb": 21.04}
+    return record | changes
+
+
+def test_a_table_has_ours_first_and_marks_the_best():
+    some = [attention("sdpa_flash", 200.4), attention("hasten_portable", 500.0), attention("flex", None)]
+    assert tables.grids(some)[0].to_markdown().splitlines() == [
+        "**Attention forward, TFLOP/s, bf16, Some GPU (torch 2.13, triton 3.6.0, commit abc)**",
+        "",
+        "|  | hasten_portable | flex | sdpa_flash | ours / best peer, of ceiling |",
+        "|---|---:|---:|---:|---:|",
+        "| D=64 causal N=2048 B=8 H=32 | **500** | — | 200 | 1.25, 71% |",
+    ]
+
+
+def test_every_status_has_its_word():
+    some = [attention(name, None, status=name) for name in ("wrong", "failed", "out of memory", "unsupported")]
+    (grid,) = tables.grids(some)
+    words = dict(zip(grid.columns, (cell.text for cell in grid.rows[0]), strict=True))
+    assert words["wrong"] == "wrong"
+    assert words["failed"] == "failed"
+    assert words["out of memory"] == "memory"
+    assert words["unsupported"] == words["ours / best peer, of ceiling"] == tables.MISSING
+    assert not any(cell.is_best for cell in grid.rows[0])
+
+
+def test_an_older_run_of_a_case_is_left_out_whole():
+    old = [attention("sdpa_flash", 999.0), attention("hasten_portable", 1.0)]
+    new = [attention("hasten_portable", 500.0, run="2")]
+    (grid,) = tables.grids(old + new)
+    assert [cell.text for cell in grid.rows[0]] == ["D=64 causal N=2048 B=8 H=32", "500", "1.25, 71%"]
+
+
+def test_phases_and_devices_are_tables_of_their_own():
+    some = [attention("a", 5.0), attention("a", 5.0, phase="backward"), attention("a", 5.0, device="Other")]
+    assert [grid.title.split(", ")[0] for grid in tables.grids(some)] == [
+        "Attention forward",
+        "Attention backward",
+        "Attention forward",
+    ]
+
+
+def test_slow_machines_are_told_in_a_smaller_unit():
+    (grid,) = tables.grids([attention("a", 0.0526)])
+    assert "GFLOP/s" in grid.title
+    assert grid.rows[0][1].text == "52.6"
+
+
+def test_grouped_heads_are_in_the_name_of_the_row():
+    (grid,) = tables.grids([attention("a", 5.0, num_kv_heads=8)])
+    assert grid.rows[0][0].text.endswith("H=32/8")
+
+
+def test_training_is_tokens_a_second_with_mfu_and_memory():
+    rates = {"eager": None, "sdpa": 9000.0, "hasten": 36000.0, "hasten+compile": 8e4}
+    some = [training(name, rate) for name, rate in rates.items()]
+    (grid,) = tables.grids(some)
+    assert grid.columns == ["", "hasten", "hasten+compile", "eager", "sdpa", "hasten / best other"]
+    assert [cell.text for cell in grid.rows[0]] == [
+        "gpt2 8x1024",
+        "36.0 k (31%, 21.0 GB)",
+        "80.0 k (31%, 21.0 GB)",
+        "memory",
+        "9000 (31%, 21.0 GB)",
+        "4.00",  # like with like: uncompiled with uncompiled, where the others are not compiled
+    ]
+
+
+def test_other_kinds_of_records_make_no_table():
+    assert tables.grids([{**PLACE, "kind": "ceiling", "implementation": "matmul"}]) == []
+
+
+def test_a_plot_draws_what_was_measured(tmp_path):
+    some = [
+        attention(name, 100.0 * scale, seqlen=seqlen, head_dim=head_dim, phase=phase, mask=mask)
+        for name, scale in (("hasten_portable", 3), ("sdpa_flash", 2), ("unheard_of", 1))
+        for seqlen in (512, 1024)
+        for head_dim in (64, 128)
+        for phase in ("forward", "backward")
+        for mask in ("causal", "window:256,0")
+        if (mask, head_dim) != ("window:256,0", 128)
+    ]
+    path = tmp_path / "new" / "attention.png"
+    plots.plot(some, path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    _, axes = plots._panels(some)
+    assert len(axes) == 6
+    panel = ("forward", "causal", 64)
+    own = [item for item in some if plots._panel(item) == panel and item["implementation"] == "hasten_portable"]
+    plots._draw(axes[panel], panel, own)
+    (line, ceiling) = axes["forward", "causal", 64].get_lines()
+    assert list(line.get_xdata()) == [512, 1024]
+    assert list(line.get_ydata()) == [300.0, 300.0]
+    assert set(ceiling.get_ydata()) == {700.0}
+
+
+def test_nothing_measured_is_nothing_to_plot(tmp_path):
+    with pytest.raises(ArgumentError, match="file: expected records of attention that were measured"):
+        plots.plot([attention("a", None)], tmp_path / "x.png")
+
+
+def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'hasten\[bench\]'"):
+        plots.plot([attention("a", 5.0)], tmp_path / "x.png")
