@@ -99,6 +99,41 @@ def test_small_inputs_rotate_and_large_ones_need_not():
     assert num_input_sets(cpu, 1) == 32
 
 
+class FakeDevice:
+    """A device that does what is queued in order, once nobody queues any more; times in milliseconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.spins = 0.0, []
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = device.now
+
+            def elapsed_time(self, other: Event) -> float:
+                return other.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.spins.append)
+
+
+def test_a_burst_hides_the_host_behind_a_spin_and_times_every_call(monkeypatch):
+    device = FakeDevice(monkeypatch)
+
+    def call(number: int) -> None:
+        time.sleep(0.002)
+        device.now += 3.0 + number
+
+    clock, work = CudaClock(), Work(call)
+    assert clock.burst(work, 4, 3) == [7.0, 8.0, 9.0]
+    assert clock.host_us(work) >= 2000
+    assert device.spins[-1] / 2e9 >= 3 * clock.host_us(work) / 1e6  # lasts until all three are queued
+
+
 @pytest.mark.gpu
 def test_device_time_is_the_time_of_the_kernel_whatever_the_host_does():
     def call(number: int) -> None:

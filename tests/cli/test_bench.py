@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -95,6 +97,14 @@ def test_bad_input_is_one_line(words, error, capsys):
     assert out == ""
     assert err.startswith(error)
     assert len(err.splitlines()) == 1
+
+
+def test_only_training_loads_transformers():
+    program = (
+        "import sys, hasten.cli.bench, hasten.cli.doctor, hasten.cli.explain; print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "False\n"
 
 
 def test_a_gpu_that_is_not_here_is_refused(monkeypatch):

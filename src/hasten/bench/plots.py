@@ -13,8 +13,11 @@ from hasten.bench.records import Record, newest
 from hasten.bench.tables import CASES
 from hasten.errors import ArgumentError, MissingExtraError
 
-#: implementation -> colour (a palette safe for the colour-blind, Okabe and Ito); ours is the one with weight
+#: implementation -> colour (a palette safe for the colour-blind, Okabe and Ito); ours are warm and drawn wider
 _COLOURS = {
+    "hasten_portable": "#D55E00",
+    "hasten_hopper": "#8B0000",
+    "hasten_blockwise": "#C9A27E",
     "sdpa_cudnn": "#0072B2",
     "sdpa_flash": "#56B4E9",
     "sdpa_efficient": "#CC79A7",
@@ -24,7 +27,6 @@ _COLOURS = {
     "flash_attn_3": "#F0E442",
     "flash_attn_4": "#000000",
 }
-_OURS = "#D55E00"
 
 
 def plot(all_records: Sequence[Record], path: Path) -> None:
@@ -85,17 +87,16 @@ def _panels(some: Sequence[Record]) -> tuple[Any, dict[Panel, Any]]:
 
 
 def _draw(axis: Any, panel: Panel, own: Sequence[Record]) -> None:
-    names = sorted({record["implementation"] for record in own}, key=lambda name: (name.startswith("hasten"), name))
-    for number, name in enumerate(names):
+    names = sorted({record["implementation"] for record in own}, key=lambda name: (not name.startswith("hasten"), name))
+    for name in names:
         points = sorted((record["seqlen"], record["tflops"]) for record in own if record["implementation"] == name)
         is_ours = name.startswith("hasten")
-        style = {"linewidth": 2.4 if is_ours else 1.3, "linestyle": "-" if number < len(_COLOURS) else "--"}
-        colour = _OURS if name in ("hasten_portable", "hasten_blockwise") else _COLOURS.get(name)
-        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, color=colour, **style)
+        style = {"linewidth": 2.4 if is_ours else 1.3, "zorder": 3 if is_ours else 2}
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, color=_COLOURS.get(name), **style)
     ceiling = own[0].get("matmul_tflops")
     highest = max(record["tflops"] for record in own)
     if ceiling and ceiling < 4 * highest:
-        axis.axhline(ceiling, color="#666666", linestyle=":", linewidth=1, label="matrix product 8192³")
+        axis.axhline(ceiling, color="#666666", linestyle=":", linewidth=1, label="matrix product")
     phase, mask, head_dim = panel
     axis.set_title(f"{phase}, {mask}, head_dim {head_dim}", fontsize=9)
     axis.set_xscale("log", base=2)

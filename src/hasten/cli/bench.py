@@ -19,7 +19,6 @@ from rich.text import Text
 from hasten.bench import attention as attention_suite
 from hasten.bench import peers as peers_module
 from hasten.bench import plots, records, tables
-from hasten.bench import training as training_suite
 from hasten.bench.problems import Grid, Pattern, parse_dtype, parse_sizes
 from hasten.bench.records import Record
 from hasten.bench.timing import Plan
@@ -103,7 +102,7 @@ def attention(
 @app.command()
 def training(
     model: Annotated[str, typer.Option(help="Shapes, separated by commas.")] = "",
-    attention: Annotated[str, typer.Option(help="Implementations in the model.")] = ",".join(training_suite.ATTENTIONS),
+    attention: Annotated[str, typer.Option(help="What serves attention in the model.")] = "eager,sdpa,hasten",
     shape: Annotated[str, typer.Option(help="BATCHxLENGTH, separated by commas.")] = "",
     compiled: Annotated[bool, typer.Option("--compile", help="Measure each under torch.compile as well.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps to time, after three to warm up.")] = 10,
@@ -114,6 +113,8 @@ def training(
     commit: Commit = None,
 ) -> None:
     """A training step of a whole model: forward, backward and optimizer, with each attention."""
+    from hasten.bench import training as training_suite  # loads transformers, seconds that the other verbs save
+
     place = find_device(device)
     usual = training_suite.DEFAULTS.get(place.type, training_suite.DEFAULTS["cpu"])
     options = training_suite.Options(
