@@ -72,12 +72,13 @@ def _sequences(call: Call) -> tuple[Call, list[tuple[slice, slice]]]:
 
 
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor, call: Call, sequence: int) -> tuple[Tensor, Tensor]:
-    if _is_whole(q, k, v, call):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        is_causal = isinstance(call.mask, Causal) and q.shape[1] > 1
-        out, lse = flash.whole(q.to(wide), k.to(wide), v.to(wide), call.softmax_scale, is_causal)
-    else:
+    if not _is_whole(q, k, v, call):
         out, lse = _forward(_problem(q, k, v, call, sequence))
+        return out.to(q.dtype), lse
+    is_causal = isinstance(call.mask, Causal) and q.shape[1] > 1
+    if q.dtype in (torch.float32, torch.float64):
+        return flash.whole(q, k, v, call.softmax_scale, is_causal)
+    out, lse = flash.whole(q.float(), k.float(), v.float(), call.softmax_scale, is_causal)
     return out.to(q.dtype), lse
 
 

@@ -17,17 +17,16 @@ from hasten.ops.blockwise.pieces import Piece, split
 from hasten.ops.blockwise.problem import Problem
 
 _CELLS = 1 << 22  # of an additive matrix made for one kernel call
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_forward = torch._scaled_dot_product_flash_attention_for_cpu  # 2 us less a call than through torch.ops
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
     """(out, lse) where every row sees all keys, or square causal; dense layouts of `call.py`, no size 0."""
-    batch, seqlen_q, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    if seqlen_q == 1 and num_heads != num_kv_heads:
-        rows = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)  # a group reads K/V once
+    if q.shape[1] == 1:
+        batch, _, num_heads, head_dim = q.shape
+        rows = q.reshape(batch, k.shape[2], -1, head_dim)  # the heads of a group, as rows, read K/V once
         out, lse = _forward(rows, keys, values, scale=softmax_scale)
         return out.reshape(batch, 1, num_heads, head_dim), lse.reshape(batch, num_heads, 1)
     out, lse = _forward(q.transpose(1, 2), keys, values, 0.0, is_causal, scale=softmax_scale)
