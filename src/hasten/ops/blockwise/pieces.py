@@ -18,14 +18,16 @@ from hasten.ops.tiles import Band, TileLists, as_band, tile_lists
 _ROWS = 128  # of a piece that needs a matrix of hidden cells
 _BLOCK_N = 64  # keys of a tile in index lists
 _CELLS_UNPACKED = 1 << 22  # bit maps unpacked at once; above, those of one row of tiles at a time
+_FEW_KEYS = 2048  # up to here, for at most _ROWS queries, the mask itself is cheaper than lists of its tiles
 
 
 @dataclass(frozen=True)
 class Piece:
     """Query rows and the keys they visit, for a run of batch entries and query heads.
 
-    key: a run of keys, or int64 key numbers. hidden: (rows, keys), 0 where visible and -inf where not, in the
-    dtype of the computation; None if all is visible. is_causal: row i sees the first i + 1 of as many keys.
+    key: a run of keys, or int64 key numbers. hidden: (batch or 1, heads or 1, rows, keys), 0 where visible and -inf
+    where not, in the dtype of the computation; None if all is visible. is_causal: row i sees the first i + 1 of as
+    many keys.
     """
 
     batch: slice
@@ -68,7 +70,8 @@ def pieces(mask: Mask, sizes: Sizes, *, allow_causal: bool) -> Iterator[Piece]:
         return
     band = as_band(mask)
     if band is None:
-        yield from _listed(tile_lists_of(mask, sizes), sizes)
+        is_small = sizes.seqlen_q <= _ROWS and sizes.seqlen_k <= _FEW_KEYS
+        yield from [_outright(mask, sizes)] if is_small else _listed(tile_lists_of(mask, sizes), sizes)
         return
     for batch, key_begin, key_end in _key_ranges(band, sizes):
         for piece in _of_band(band, sizes, key_begin, key_end, allow_causal):
@@ -84,17 +87,24 @@ def split(piece: Piece, group_size: int, cells: int) -> Iterator[Piece]:
     head_unit = group_size if whole_groups else 1
     head_step = max(1, cells // (piece.num_keys * rows * head_unit)) * head_unit
     row_step = max(1, min(rows, cells // (piece.num_keys * head_unit)))
-    for b in range(piece.batch.start, piece.batch.stop, batch_step):
-        for h in range(piece.head.start, piece.head.stop, head_step):
-            for r in range(0, piece.rows, row_step):
-                begin = piece.query.start + r
-                yield replace(
-                    piece,
-                    batch=slice(b, min(b + batch_step, piece.batch.stop)),
-                    head=slice(h, min(h + head_step, piece.head.stop)),
-                    query=slice(begin, min(begin + row_step, piece.query.stop)),
-                    hidden=None if piece.hidden is None else piece.hidden[r : r + row_step],
-                )
+    for b in range(0, piece.batch.stop - piece.batch.start, batch_step):
+        for h in range(0, piece.head.stop - piece.head.start, head_step):
+            for row in range(0, piece.rows, row_step):
+                yield _part(piece, (b, h, row), (batch_step, head_step, row_step))
+
+
+def _part(piece: Piece, starts: tuple[int, int, int], steps: tuple[int, int, int]) -> Piece:
+    """The part of a piece from `starts` on, of at most `steps`, in batch entries, heads and rows."""
+    whole = piece.batch, piece.head, piece.query
+    batch, head, query = (
+        slice(own.start + start, min(own.start + start + step, own.stop))
+        for own, start, step in zip(whole, starts, steps, strict=True)
+    )
+    hidden = piece.hidden
+    if hidden is not None:
+        first = (slice(start, start + step) for start, step in zip(starts, steps, strict=True))
+        hidden = hidden[tuple(own if size > 1 else slice(None) for own, size in zip(first, hidden.shape, strict=False))]
+    return replace(piece, batch=batch, head=head, query=query, hidden=hidden)
 
 
 def without_padding(mask: Mask, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,8 +166,18 @@ def _of_band(band: Band, sizes: Sizes, key_begin: int, key_end: int, allow_causa
         yield piece
 
 
+def _outright(mask: Mask, sizes: Sizes) -> Piece:
+    """All of a small attention as one piece."""
+    batch = sizes.batch if mask.varies_by_batch else 1
+    heads = sizes.num_heads if mask.varies_by_head else 1
+    keep = mask.keep(sizes.seqlen_q, sizes.seqlen_k, batch=batch, num_heads=heads, device=sizes.device)
+    hidden = torch.zeros(keep.shape, dtype=sizes.dtype, device=sizes.device).masked_fill_(~keep, -torch.inf)
+    rows, keys = slice(0, sizes.seqlen_q), slice(0, sizes.seqlen_k)
+    return Piece(slice(0, sizes.batch), slice(0, sizes.num_heads), rows, keys, hidden)
+
+
 def _hidden_by_band(left: int | None, right: int | None, position: int, rows: int, keys: int, sizes: Sizes) -> Tensor:
-    """(rows, keys): 0 or -inf; the first row stands at `position`, counted from the first key."""
+    """(1, 1, rows, keys): 0 or -inf; the first row stands at `position`, counted from the first key."""
     distance = (
         torch.arange(keys, device=sizes.device) - torch.arange(position, position + rows, device=sizes.device)[:, None]
     )
@@ -166,7 +186,7 @@ def _hidden_by_band(left: int | None, right: int | None, position: int, rows: in
         hidden.masked_fill_(distance < -left, -torch.inf)
     if right is not None:
         hidden.masked_fill_(distance > right, -torch.inf)
-    return hidden
+    return hidden[None, None]
 
 
 def tile_lists_of(mask: Mask, sizes: Sizes) -> TileLists:
@@ -202,7 +222,7 @@ def _listed(lists: TileLists, sizes: Sizes) -> Iterator[Piece]:
             tiles = _unpack(lists.bits[maps], sizes.dtype) if unpacked is None else unpacked[maps]
             tiles = torch.cat([tiles.new_zeros(partial - begin, *tiles.shape[1:]), tiles])[order]
             hidden = tiles.transpose(0, 1).reshape(_ROWS, -1)[: piece.rows, : piece.num_keys]
-            piece = replace(piece, hidden=hidden)
+            piece = replace(piece, hidden=hidden[None, None])
         yield piece
 
 

@@ -44,17 +44,17 @@ class Problem:
 
     def keys(self, rows: Tensor, piece: Piece) -> Tensor:
         """(batch, kv_heads, keys, ...) of a piece of `rows` (batch, seqlen_k, num_kv_heads, ...)."""
-        own = rows[piece.batch, :, self.kv_heads(piece)]
-        own = own[:, piece.key] if isinstance(piece.key, slice) else own.index_select(1, piece.key)
-        return own.transpose(1, 2)
+        if isinstance(piece.key, slice):
+            return rows[piece.batch, piece.key, self.kv_heads(piece)].transpose(1, 2)
+        return rows[piece.batch, :, self.kv_heads(piece)].index_select(1, piece.key).transpose(1, 2)
 
     def add_keys(self, total: Tensor, piece: Piece, grad: Tensor) -> None:
         """Add `grad` (batch, kv_heads, keys, ...) to the rows of `total` (batch, seqlen_k, ...) of a piece."""
-        own = total[piece.batch, :, self.kv_heads(piece)]
+        grad = grad.transpose(1, 2)
         if isinstance(piece.key, slice):
-            own[:, piece.key] += grad.transpose(1, 2)
+            total[piece.batch, piece.key, self.kv_heads(piece)] += grad
         else:
-            own.index_add_(1, piece.key, grad.transpose(1, 2))
+            total[piece.batch, :, self.kv_heads(piece)].index_add_(1, piece.key, grad)
 
     def bias(self, piece: Piece) -> Tensor | None:
         """The bias of a piece, each dimension its size or 1."""
@@ -79,7 +79,7 @@ class Problem:
             alibi = -slopes * self.distance(piece)
             matrix = alibi if matrix is None else matrix + alibi
         if piece.hidden is not None:
-            matrix = piece.hidden[None, None] if matrix is None else matrix + piece.hidden
+            matrix = piece.hidden if matrix is None else matrix + piece.hidden
         return matrix
 
 
