@@ -326,6 +326,21 @@ def test_error_is_that_of_pytorch(engine: str, mask: str, seqlen_q: int, seqlen_
         assert error.mean() <= 1.1 * mean + floor / 4, f"{name}: {error.mean():.2e} for {mean:.2e}"
 
 
+@pytest.mark.parametrize("feature", ["plain", "softcap", "sinks", "alibi"])
+def test_autocast_does_not_reach_inside(feature: str) -> None:
+    q, k, v = make(65, 65, dtype=torch.float32)
+    call, dout, dlse = (
+        call_of(q, k, Window(9, 9), **terms_of(feature, q, k)),
+        torch.randn_like(q),
+        torch.randn(2, 4, 65),
+    )
+    outside = ours(q, k, v, call, dout, dlse)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = ours(q, k, v, call, dout, dlse)
+    for name, tensor in outside.items():
+        assert torch.equal(inside[name], tensor), name
+
+
 # memory and time -----------------------------------------------------------------------------------------------
 
 

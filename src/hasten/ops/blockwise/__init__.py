@@ -119,7 +119,8 @@ def _forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) of any dense call, in the dtype of the computation."""
     call = problem.call
     if problem.q.device.type != "cpu" or call.softcap or call.seed is not None:
-        out, lse = scores.forward(problem, _pieces(problem, for_flash=False))
+        with _full_precision(problem):
+            out, lse = scores.forward(problem, _pieces(problem, for_flash=False))
     else:
         head_dim_v = problem.v.shape[3]
         problem = _one_head_dim(problem)
@@ -130,6 +131,11 @@ def _forward(problem: Problem) -> tuple[Tensor, Tensor]:
         share = torch.exp(lse - whole.masked_fill(whole == -torch.inf, 0.0))
         out, lse = out * share.transpose(1, 2)[..., None], whole
     return out.contiguous(), lse
+
+
+def _full_precision(problem: Problem) -> torch.autocast:
+    """Under autocast the products inside would be rounded to 16 bits; it has done its work on q, k and v."""
+    return torch.autocast(problem.q.device.type, enabled=False)
 
 
 def _one_head_dim(problem: Problem) -> Problem:
@@ -153,7 +159,8 @@ def _dense_backward(dout: Tensor, dlse: Tensor | None, problem: Problem, out: Te
         dsinks = _dsinks(dout, dlse, out, lse, call.sinks)
     needs_scores = call.softcap or call.seed is not None or call.slopes is not None or dlse is not None
     if problem.q.device.type != "cpu" or needs_scores or (call.bias is not None and call.needs_bias):
-        dq, dk, dv, dbias, dslopes = scores.backward(dout, dlse, problem, lse, _pieces(problem, for_flash=False))
+        with _full_precision(problem):
+            dq, dk, dv, dbias, dslopes = scores.backward(dout, dlse, problem, lse, _pieces(problem, for_flash=False))
     else:
         problem = _one_head_dim(problem)
         missing = problem.v.shape[3] - head_dim_v
