@@ -48,16 +48,18 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, sequence: int) -> tuple[
     k_heads = k.to(dtype).transpose(1, 2).repeat_interleave(group_size, dim=1)
     v_heads = v.to(dtype).transpose(1, 2).repeat_interleave(group_size, dim=1)
     cells = _cells(batch, num_heads, seqlen_q, seqlen_k, q.device)
+    call.mask.check(batch, num_heads, seqlen_q, seqlen_k)
+    keep = call.mask.visible(cells).expand(batch, num_heads, seqlen_q, seqlen_k)
+    if call.bias is not None:
+        keep = keep & (call.bias > -torch.inf)
+    used = keep.any(dim=2).unsqueeze(-1)  # what stands in a key that no query sees must not matter, be it NaN
+    k_heads, v_heads = torch.where(used, k_heads, 0.0), torch.where(used, v_heads, 0.0)
 
     scores = q_heads @ k_heads.transpose(-1, -2) * call.softmax_scale
     if call.softcap:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    call.mask.check(batch, num_heads, seqlen_q, seqlen_k)
-    keep = call.mask.visible(cells).expand(scores.shape)
     if call.bias is not None:
-        bias = call.bias.to(dtype)
-        keep = keep & (bias > -torch.inf)
-        scores = scores + torch.where(bias > -torch.inf, bias, 0.0)
+        scores = scores + torch.where(call.bias > -torch.inf, call.bias.to(dtype), 0.0)
     if call.slopes is not None:
         slopes = call.slopes.to(dtype)[:, :, None, None]
         scores = scores - slopes * (cells.position - cells.key).abs()
@@ -66,8 +68,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, sequence: int) -> tuple[
         sequence_head = (cells.batch + sequence) * num_heads + cells.head
         kept = keep_cells(call.seed, call.dropout_p, sequence_head, cells.query, cells.key)
         probs = torch.where(kept, probs / (1.0 - call.dropout_p), 0.0)
-    out = (probs @ v_heads).transpose(1, 2)
-    return out.to(q.dtype), lse if lse.dtype == torch.float64 else lse.float()
+    out = (probs @ v_heads).transpose(1, 2).to(q.dtype).contiguous()
+    return out, lse if lse.dtype == torch.float64 else lse.float()
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -78,9 +80,9 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     if scores.shape[-1] == 0:
         return scores, scores.sum(-1) - torch.inf
     seen = (scores > -torch.inf).any(dim=-1, keepdim=True)
-    lse = torch.logsumexp(torch.where(seen, scores, 0.0), dim=-1, keepdim=True)
-    probs = torch.where(seen, torch.exp(scores - lse), 0.0)
-    lse = torch.where(seen, lse, -torch.inf).squeeze(-1)
+    finite = torch.where(seen, scores, 0.0)
+    probs = torch.where(seen, torch.softmax(finite, dim=-1), 0.0)  # exp(scores - lse) loses the bits of a large lse
+    lse = torch.where(seen.squeeze(-1), torch.logsumexp(finite, dim=-1), -torch.inf)
     return (probs if sinks is None else probs[..., :-1]), lse
 
 
