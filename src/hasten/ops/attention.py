@@ -6,6 +6,7 @@ Called by users and by `models/`. Knows no kernel: implementations are named by 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,8 +103,8 @@ def prepare(
     slopes = bias.slopes if isinstance(bias, ALiBi) else None
     matrix = None if isinstance(bias, ALiBi) else bias
     checks.check_extras(q, k, sinks, matrix, slopes, packed)
-    if softmax_scale <= 0.0:  # the kernels take the row maximum before scaling
-        q, softmax_scale = q * softmax_scale, 1.0
+    if softmax_scale <= 0.0:  # the kernels take the row maximum before scaling; both turns are exact in any dtype
+        q, softmax_scale = (-q, -softmax_scale) if softmax_scale < 0.0 else (q * 0.0, 1.0)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     call = Call(
         mask=mask,
@@ -136,7 +137,9 @@ def _rewritten(q: Tensor, k: Tensor, v: Tensor, call: Call, implementation: str 
     return _run(q, k, v, call, implementation)
 
 
-def _dilated(q: Tensor, k: Tensor, v: Tensor, call: Call, step: int, implementation: str | None) -> tuple[Tensor, Tensor]:
+def _dilated(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, step: int, implementation: str | None
+) -> tuple[Tensor, Tensor]:
     """A dilated window as `step` plain windows on interleaved rows (Longformer, arXiv 2004.05150, 3.1)."""
     mask = rewrite.undilated(call.mask)
     shift = k.shape[1] - q.shape[1]
@@ -173,4 +176,4 @@ def _longest(argument: str, given: int | None, cu_seqlens: Tensor | None) -> int
     if not host.can_read(cu_seqlens):
         raise ArgumentError(argument, "an int", None, "give it under torch.compile and in CUDA graphs")
     values = host.host_copy(cu_seqlens)
-    return max((after - before for before, after in zip(values, values[1:], strict=False)), default=0)
+    return max((after - before for before, after in itertools.pairwise(values)), default=0)
