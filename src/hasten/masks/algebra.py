@@ -89,7 +89,9 @@ class Mask:
         seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
         query, key = torch.arange(seqlen_q).view(1, 1, -1, 1), torch.arange(seqlen_k).view(1, 1, 1, -1)
         where = [torch.full((1, 1, 1, 1), index) for index in (batch, head)]
-        keep = self.visible(Cells(where[0], where[1], query, key, seqlen_q, seqlen_k)).expand(1, 1, seqlen_q, seqlen_k)[0, 0]
+        keep = self.visible(Cells(where[0], where[1], query, key, seqlen_q, seqlen_k)).expand(1, 1, seqlen_q, seqlen_k)[
+            0, 0
+        ]
         return "\n".join("".join("#" if cell else "." for cell in row) for row in keep.tolist())
 
     def __and__(self, other: Mask) -> Mask:
@@ -186,9 +188,22 @@ def expect_tensor(argument: str, value: Any, dtypes: tuple[torch.dtype, ...], nd
 
 def expect_sizes(argument: str, value: Tensor, sizes: tuple[int, ...], shared: int = 0) -> None:
     """Raise unless `value` has those sizes; the first `shared` dimensions may also be 1."""
-    fits = [have == want or (dim < shared and have == 1) for dim, (have, want) in enumerate(zip(value.shape, sizes, strict=True))]
+    fits = [
+        have == want or (dim < shared and have == 1)
+        for dim, (have, want) in enumerate(zip(value.shape, sizes, strict=True))
+    ]
     if not all(fits):
-        raise ArgumentError(argument, f"shape {sizes}", f"shape {tuple(value.shape)}", "make the mask for this attention")
+        raise ArgumentError(
+            argument, f"shape {sizes}", f"shape {tuple(value.shape)}", "make the mask for this attention"
+        )
+
+
+def int_tensor(argument: str, values: Any) -> Tensor:
+    """A sequence of ints as an int32 vector on the CPU."""
+    values = list(values)
+    if any(not isinstance(value, int) or isinstance(value, bool) for value in values):
+        raise ArgumentTypeError(argument, "ints", repr(values), "lengths and positions are whole numbers")
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def brief(tensor: Tensor) -> str:

@@ -23,8 +23,8 @@ class Full(Mask):
 class Causal(Mask):
     """A query sees its own position and all before it.
 
-        seqlen 2 x 4   1 1 1 0
-                       1 1 1 1
+    seqlen 2 x 4   1 1 1 0
+                   1 1 1 1
     """
 
     def visible(self, cells: Cells) -> Tensor:
@@ -53,8 +53,8 @@ class Window(Mask):
             size = getattr(self, name)
             if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
                 raise ArgumentError(f"Window.{name}", "an int >= 0 or None", repr(size), "None means unlimited")
-        steps = (self.dilation,) if isinstance(self.dilation, int) else tuple(self.dilation)
-        if not steps or any(not isinstance(step, int) or step < 1 for step in steps):
+        steps = tuple(self.dilation) if isinstance(self.dilation, tuple | list) else (self.dilation,)
+        if not steps or any(not isinstance(step, int) or isinstance(step, bool) or step < 1 for step in steps):
             raise ArgumentError("Window.dilation", "ints >= 1", repr(self.dilation), "1 means none")
         if not isinstance(self.dilation, int):
             object.__setattr__(self, "dilation", steps[0] if len(set(steps)) == 1 else steps)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import ArgumentError
-from hasten.masks.algebra import Cells, Mask, brief, expect_sizes, expect_tensor
+from hasten.masks.algebra import Cells, Mask, brief, expect_sizes, expect_tensor, int_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,10 @@ class Global(Mask):
     def __post_init__(self) -> None:
         if isinstance(self.tokens, Tensor):
             expect_tensor("Global.tokens", self.tokens, (torch.bool,), (1, 2))
-        elif any(not isinstance(token, int) or token < 0 for token in self.tokens):
-            raise ArgumentError("Global.tokens", "positions >= 0", repr(self.tokens), "or give a bool tensor (seqlen_k,)")
+        elif any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in self.tokens):
+            raise ArgumentError(
+                "Global.tokens", "positions >= 0", repr(self.tokens), "or give a bool tensor (seqlen_k,)"
+            )
         else:
             object.__setattr__(self, "tokens", tuple(sorted(set(self.tokens))))
 
@@ -38,7 +40,9 @@ class Global(Mask):
         if isinstance(self.tokens, Tensor):
             expect_sizes("Global.tokens", self.tokens, (batch, seqlen_k)[-self.tokens.ndim :])
         elif self.tokens and self.tokens[-1] >= seqlen_k:
-            raise ArgumentError("Global.tokens", f"positions < {seqlen_k}", self.tokens[-1], "drop tokens past the last key")
+            raise ArgumentError(
+                "Global.tokens", f"positions < {seqlen_k}", self.tokens[-1], "drop tokens past the last key"
+            )
 
     def parts(self) -> tuple[str, list[Tensor]]:
         tensors = [self.tokens] if isinstance(self.tokens, Tensor) else []
@@ -57,6 +61,8 @@ class Global(Mask):
         return flags
 
     def visible(self, cells: Cells) -> Tensor:
+        if cells.seqlen_k == 0:
+            return torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=cells.key.device)
         flags = self.flags(cells.seqlen_k, cells.key.device)
         row = cells.batch if flags.shape[0] > 1 else torch.zeros_like(cells.batch)
         keep = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=cells.key.device)
@@ -87,7 +93,9 @@ class BlockSparse(Mask):
     def __post_init__(self) -> None:
         expect_tensor("BlockSparse.layout", self.layout, (torch.bool,), (2, 3, 4))
         if not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ArgumentError("BlockSparse.block_size", "an int >= 1", repr(self.block_size), "64 or 128 suit the kernels")
+            raise ArgumentError(
+                "BlockSparse.block_size", "an int >= 1", repr(self.block_size), "64 or 128 suit the kernels"
+            )
 
     def check(self, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int) -> None:
         grid = (-(-seqlen_q // self.block_size), -(-seqlen_k // self.block_size))
@@ -128,8 +136,10 @@ class Documents(Mask):
 
     def __post_init__(self) -> None:
         if not isinstance(self.cu_seqlens, Tensor):
-            object.__setattr__(self, "cu_seqlens", torch.tensor(list(self.cu_seqlens), dtype=torch.int32))
+            object.__setattr__(self, "cu_seqlens", int_tensor("Documents.cu_seqlens", self.cu_seqlens))
         expect_tensor("Documents.cu_seqlens", self.cu_seqlens, (torch.int32, torch.int64), (1, 2))
+        if self.cu_seqlens.shape[-1] == 0:
+            raise ArgumentError("Documents.cu_seqlens", "at least one entry", "none", "it ends with the last position")
 
     def check(self, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int) -> None:
         if self.cu_seqlens.ndim == 2:
@@ -149,6 +159,8 @@ class Documents(Mask):
         return torch.searchsorted(cu_seqlens, position.contiguous(), right=True) - 1
 
     def visible(self, cells: Cells) -> Tensor:
+        if cells.seqlen_k == 0:
+            return torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=cells.key.device)
         numbers = self.numbers(cells.seqlen_k, cells.key.device)
         last = self.cu_seqlens.shape[-1] - 1
         row = cells.batch if numbers.shape[0] > 1 else torch.zeros_like(cells.batch)
@@ -173,10 +185,12 @@ class Padding(Mask):
 
     def __post_init__(self) -> None:
         if not isinstance(self.lengths, Tensor):
-            object.__setattr__(self, "lengths", torch.tensor(list(self.lengths), dtype=torch.int32))
+            object.__setattr__(self, "lengths", int_tensor("Padding.lengths", self.lengths))
         expect_tensor("Padding.lengths", self.lengths, (torch.int32, torch.int64), (1,))
         if self.side not in ("left", "right"):
-            raise ArgumentError("Padding.side", "'left' or 'right'", repr(self.side), "name the side on which the padding is")
+            raise ArgumentError(
+                "Padding.side", "'left' or 'right'", repr(self.side), "name the side on which the padding is"
+            )
 
     def check(self, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int) -> None:
         expect_sizes("Padding.lengths", self.lengths, (batch,))
@@ -235,7 +249,7 @@ class Dense(Mask):
         matrix = matrix.reshape((1,) * (4 - matrix.ndim) + matrix.shape)
         axes = (cells.batch, cells.head, cells.query, cells.key)
         index = [axis if size > 1 else torch.zeros_like(axis) for axis, size in zip(axes, matrix.shape, strict=True)]
-        return matrix[index]
+        return matrix[tuple(index)]
 
     def __repr__(self) -> str:
         return f"Dense({brief(self.matrix)})"

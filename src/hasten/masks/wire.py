@@ -17,8 +17,7 @@ from hasten.masks.bands import Causal, Full, Window
 from hasten.masks.data import BlockSparse, Dense, Documents, Global, Padding
 
 _KINDS: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (And, Or, Full, Causal, Window, Global, BlockSparse, Documents, Padding, Dense)
+    kind.__name__: kind for kind in (And, Or, Full, Causal, Window, Global, BlockSparse, Documents, Padding, Dense)
 }
 
 

@@ -120,8 +120,8 @@ def prepare(
         cu_seqlens_q=None if cu_seqlens_q is None else cu_seqlens_q.to(torch.int32),
         cu_seqlens_k=None if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32),
     )
-    rows = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    return Prepared(*rows, call)
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    return Prepared(q, k, v, call)
 
 
 def _rewritten(q: Tensor, k: Tensor, v: Tensor, call: Call, implementation: str | None) -> tuple[Tensor, Tensor]:

@@ -23,13 +23,17 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
             hint = "leave cu_seqlens out" if packed else "packed sequences need cu_seqlens_q and cu_seqlens_k"
             raise ArgumentError(name, f"shape {layout}", f"shape {tuple(tensor.shape)}", hint)
         if tensor.dtype not in DTYPES:
-            raise ArgumentTypeError(name, "a floating dtype of 16, 32 or 64 bits", tensor.dtype, "convert it with .to()")
+            raise ArgumentTypeError(
+                name, "a floating dtype of 16, 32 or 64 bits", tensor.dtype, "convert it with .to()"
+            )
         if tensor.dtype != q.dtype:
             raise ArgumentTypeError(name, f"the dtype of q, {q.dtype}", tensor.dtype, "convert one of them")
         if tensor.device != q.device:
             raise ArgumentError(name, f"the device of q, {q.device}", tensor.device, "move one of them")
         if tensor.shape[-1] == 0 or tensor.shape[-2] == 0:
-            raise ArgumentError(name, "at least one head of at least one dimension", tuple(tensor.shape), "check the split")
+            raise ArgumentError(
+                name, "at least one head of at least one dimension", tuple(tensor.shape), "check the split"
+            )
     if q.shape[-1] != k.shape[-1]:
         raise ArgumentError("k", f"head_dim {q.shape[-1]} as q has", k.shape[-1], "only v may have another")
     if k.shape[:-1] != v.shape[:-1]:
@@ -41,19 +45,23 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         raise ArgumentError("k", f"batch {q.shape[0]} as q has", k.shape[0], f"the layout is {layout}")
 
 
-def check_packing(q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlens: tuple[int | None, ...]) -> bool:
+def check_packing(
+    q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlens: tuple[int | None, ...]
+) -> bool:
     """True if packed. Raise unless both cu_seqlens are int vectors of one length on the device of q."""
     if cu_seqlens_q is None and cu_seqlens_k is None:
-        for name, value in zip(("max_seqlen_q", "max_seqlen_k"), max_seqlens, strict=True):
-            if value is not None:
-                raise ArgumentError(name, "nothing, for dense q and k", value, "it belongs to cu_seqlens")
+        for name, longest in zip(("max_seqlen_q", "max_seqlen_k"), max_seqlens, strict=True):
+            if longest is not None:
+                raise ArgumentError(name, "nothing, for dense q and k", longest, "it belongs to cu_seqlens")
         return False
     for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ArgumentTypeError(name, "an int32 tensor", got, "give both cu_seqlens_q and cu_seqlens_k")
         if value.ndim != 1 or value.shape[0] < 1:
-            raise ArgumentError(name, "shape (batch + 1,)", tuple(value.shape), "it starts with 0 and ends with the total")
+            raise ArgumentError(
+                name, "shape (batch + 1,)", tuple(value.shape), "it starts with 0 and ends with the total"
+            )
         if value.device != q.device:
             raise ArgumentError(name, f"the device of q, {q.device}", value.device, "move it once, before the layers")
     assert cu_seqlens_q is not None and cu_seqlens_k is not None
@@ -81,7 +89,9 @@ def check_mask(mask: Mask, q: Tensor, k: Tensor, batch: int, packed: bool) -> No
         mask.check(batch, q.shape[-2], q.shape[1], k.shape[1])
 
 
-def check_extras(q: Tensor, k: Tensor, sinks: Tensor | None, bias: Tensor | None, slopes: Tensor | None, packed: bool) -> None:
+def check_extras(
+    q: Tensor, k: Tensor, sinks: Tensor | None, bias: Tensor | None, slopes: Tensor | None, packed: bool
+) -> None:
     """Raise unless sinks, bias and ALiBi slopes fit the heads and lengths."""
     num_heads = q.shape[-2]
     for name, value in (("sinks", sinks), ("bias", bias), ("bias.slopes", slopes)):
@@ -95,13 +105,18 @@ def check_extras(q: Tensor, k: Tensor, sinks: Tensor | None, bias: Tensor | None
             raise ArgumentError(name, f"the device of q, {q.device}", value.device, "move it")
     if sinks is not None and sinks.shape != (num_heads,):
         raise ArgumentError("sinks", f"shape ({num_heads},)", tuple(sinks.shape), "one number a query head")
-    if slopes is not None and slopes.shape not in ((num_heads,), (1, num_heads), (q.shape[0], num_heads)):
+    batch = 1 if packed else q.shape[0]
+    if slopes is not None and slopes.shape not in ((num_heads,), (1, num_heads), (batch, num_heads)):
         raise ArgumentError("bias.slopes", f"shape ({num_heads},)", tuple(slopes.shape), "one slope a query head")
     if bias is None:
         return
     if packed:
-        raise ArgumentError("bias", "None or ALiBi with packed sequences", tuple(bias.shape), "pad the sequences instead")
+        raise ArgumentError(
+            "bias", "None or ALiBi with packed sequences", tuple(bias.shape), "pad the sequences instead"
+        )
     full = (q.shape[0], num_heads, q.shape[1], k.shape[1])
     sizes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if bias.ndim > 4 or any(size not in (1, want) for size, want in zip(sizes, full, strict=True)):
-        raise ArgumentError("bias", f"broadcastable to {full}", tuple(bias.shape), "it is (batch, heads, queries, keys)")
+        raise ArgumentError(
+            "bias", f"broadcastable to {full}", tuple(bias.shape), "it is (batch, heads, queries, keys)"
+        )

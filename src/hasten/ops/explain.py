@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -72,16 +73,32 @@ def explain(
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         lengths_q, lengths_k = host.host_copy(call.cu_seqlens_q), host.host_copy(call.cu_seqlens_k)
         pairs = cost.packed_pairs(call.mask, lengths_q, lengths_k, sizes.num_heads)
-        starts = zip(zip(lengths_q, lengths_q[1:], strict=False), zip(lengths_k, lengths_k[1:], strict=False), strict=True)
+        starts = zip(itertools.pairwise(lengths_q), itertools.pairwise(lengths_k), strict=True)
         cells = sizes.num_heads * sum((q1 - q0) * (k1 - k0) for (q0, q1), (k0, k1) in starts)
     else:
         pairs = cost.visible_pairs(call.mask, sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k)
         cells = sizes.batch * sizes.num_heads * sizes.seqlen_q * sizes.seqlen_k
-    flops = cost.forward_flops(pairs, sizes.head_dim, sizes.head_dim_v), cost.backward_flops(pairs, sizes.head_dim, sizes.head_dim_v)
-    moved = cost.hbm_bytes(sizes), cost.hbm_bytes(sizes, is_backward=True)
+    dims = sizes.head_dim, sizes.head_dim_v
     rates = cost.datasheet_rates(torch.cuda.get_device_name(q.device)) if q.is_cuda else None
-    least = (None, None) if rates is None else tuple(cost.roofline_s(f, b, rates) for f, b in zip(flops, moved, strict=True))
-    shapes = {label: tuple(tensor.shape) for label, tensor in (("q", q), ("k", k), ("v", v))}
-    share = pairs / cells if cells else 0.0
-    source = None if rates is None else f"{torch.cuda.get_device_name(q.device)} (datasheet)"
-    return Explanation(name, refused, repr(call.mask), share, *flops, *moved, source, *least, shapes)
+    phases = [
+        _phase(cost.forward_flops(pairs, *dims), cost.hbm_bytes(sizes), rates),
+        _phase(cost.backward_flops(pairs, *dims), cost.hbm_bytes(sizes, is_backward=True), rates),
+    ]
+    return Explanation(
+        implementation=name,
+        refused=refused,
+        mask=repr(call.mask),
+        visible_share=pairs / cells if cells else 0.0,
+        forward_flops=phases[0][0],
+        backward_flops=phases[1][0],
+        forward_bytes=phases[0][1],
+        backward_bytes=phases[1][1],
+        rates=None if rates is None else f"{torch.cuda.get_device_name(q.device)} (datasheet)",
+        forward_roofline_s=phases[0][2],
+        backward_roofline_s=phases[1][2],
+        shapes={label: tuple(tensor.shape) for label, tensor in (("q", q), ("k", k), ("v", v))},
+    )
+
+
+def _phase(flops: int, num_bytes: int, rates: cost.Rates | None) -> tuple[int, int, float | None]:
+    return flops, num_bytes, None if rates is None else cost.roofline_s(flops, num_bytes, rates)

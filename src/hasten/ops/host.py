@@ -6,6 +6,7 @@ kept for as long as the tensor lives and is not written to.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -20,7 +21,12 @@ _kept: dict[int, tuple[weakref.ref[Tensor], int, dict[Hashable, Any]]] = {}
 
 
 def derived(tensor: Tensor, key: Hashable, make: Callable[[], _T]) -> _T:
-    """make(), kept under `key` until the tensor dies or is written to."""
+    """make(), kept under `key` until the tensor dies or is written to.
+
+    Inference tensors do not count their writes, so nothing is kept for them.
+    """
+    if tensor.is_inference():
+        return make()
     number = id(tensor)
     entry = _kept.get(number)
     if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
@@ -58,7 +64,7 @@ def check_cu_seqlens(argument: str, cu_seqlens: Tensor, total: int, max_seqlen: 
     values = host_copy(cu_seqlens)
     if values[0] != 0 or values[-1] != total:
         raise ArgumentError(argument, f"0 first and {total} last", f"{values[0]} and {values[-1]}", "it counts tokens")
-    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(values)]
     if min(steps, default=0) < 0:
         where = next(number for number, step in enumerate(steps) if step < 0)
         got = f"{values[where]} then {values[where + 1]} at {where}"

@@ -28,7 +28,9 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         want = (out.shape[1], out.shape[0]) if out.ndim == 3 else (out.shape[0], out.shape[2], out.shape[1])
         if out.shape != out0.shape or tuple(lse.shape) != tuple(want):
             got = f"out {tuple(out.shape)}, lse {tuple(lse.shape)}"
-            raise ArgumentError(f"parts[{number}]", f"out {tuple(out0.shape)}, lse {tuple(lse0.shape)}", got, "split keys only")
+            raise ArgumentError(
+                f"parts[{number}]", f"out {tuple(out0.shape)}, lse {tuple(lse0.shape)}", got, "split keys only"
+            )
     lses = torch.stack([lse for _, lse in parts])
     seen = (lses > -torch.inf).any(dim=0)
     lse = torch.logsumexp(torch.where(seen, lses, 0.0), dim=0)

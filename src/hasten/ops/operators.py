@@ -127,7 +127,9 @@ def _(
     *terms: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     needs_bias = terms[-1]
-    extra = [q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (sinks, bias if needs_bias else None, slopes)]
+    extra = [
+        q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (sinks, bias if needs_bias else None, slopes)
+    ]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), extra[0], extra[1], extra[2]
 
 

@@ -5,6 +5,7 @@ Both say the same attention with no cell wasted. Callers: `attention.py`, before
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,9 @@ def split_documents(mask: Mask) -> tuple[Documents, Mask] | None:
     """(documents, the band they are joined with) if the mask is exactly that, else None."""
     parts = mask.masks if isinstance(mask, And) else (mask,)
     documents = [part for part in parts if isinstance(part, Documents)]
-    bands = [part for part in parts if isinstance(part, Full | Causal) or (isinstance(part, Window) and part.dilation == 1)]
+    bands = [
+        part for part in parts if isinstance(part, Full | Causal) or (isinstance(part, Window) and part.dilation == 1)
+    ]
     if len(documents) != 1 or len(bands) != len(parts) - 1:
         return None
     return documents[0], (Full() if not bands else bands[0] if len(bands) == 1 else And(tuple(bands)))
@@ -40,11 +43,13 @@ def pack_documents(q: Tensor, k: Tensor, call: Call) -> Call | None:
     if not can_read(documents.cu_seqlens):
         return None
     lengths = (batch, seqlen, str(q.device))
-    packed, longest = derived(documents.cu_seqlens, lengths, lambda: _packed_bounds(documents.cu_seqlens, batch, seqlen, q.device))
+    packed, longest = derived(
+        documents.cu_seqlens, lengths, lambda: _packed_bounds(documents.cu_seqlens, batch, seqlen, q.device)
+    )
     if packed is None:
         return None
-    sizes = {"max_seqlen_q": longest, "max_seqlen_k": longest}
-    return replace(call, mask=band, cu_seqlens_q=packed, cu_seqlens_k=packed, **sizes)
+    call = replace(call, max_seqlen_q=longest, max_seqlen_k=longest)
+    return replace(call, mask=band, cu_seqlens_q=packed, cu_seqlens_k=packed)
 
 
 def _packed_bounds(cu_seqlens: Tensor, batch: int, seqlen: int, device: torch.device) -> tuple[Tensor | None, int]:
@@ -56,7 +61,7 @@ def _packed_bounds(cu_seqlens: Tensor, batch: int, seqlen: int, device: torch.de
         return None, 0
     rows = rows * (batch // len(rows))
     bounds = [number * seqlen + start for number, row in enumerate(rows) for start in row[:-1]] + [batch * seqlen]
-    longest = max((after - before for before, after in zip(bounds, bounds[1:], strict=False)), default=0)
+    longest = max((after - before for before, after in itertools.pairwise(bounds)), default=0)
     return from_values(tuple(bounds), device), longest
 
 
@@ -79,7 +84,7 @@ def undilated(mask: Mask) -> Window:
 
 def interleave(parts: list[Tensor], dim: int) -> Tensor:
     """Undo rows residue, residue + step, ... along `dim`: parts[r][i] goes to i * len(parts) + r."""
-    step, longest = len(parts), max(part.shape[dim] for part in parts)
+    longest = max(part.shape[dim] for part in parts)
     total = sum(part.shape[dim] for part in parts)
     padded = []
     for part in parts:

@@ -1,32 +1,30 @@
-"""Forward kernel: one program computes one tile of rows for one head (FlashAttention-2, arXiv 2307.08691, alg. 1)."""
+"""Forward kernel: one program computes one tile of rows of one head (FlashAttention-2, arXiv 2307.08691, alg. 1)."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from hasten.ops.portable.cells import (
-    LOG2E,
-    band_cells,
-    bias_matrix,
-    bit_cells,
+from hasten.ops.portable.cells import LOG2E, bias_matrix, keys_seen, score, survivors, visible
+from hasten.ops.portable.visits import (
     key_bounds,
-    key_tiles,
-    listed,
+    key_visits,
+    load_inside,
     load_tile,
-    score,
     sequence,
-    survivors,
+    tile_pointers,
+    visited,
 )
 
 
 @triton.jit
-def _accumulate(acc, row_max, row_sum, q, k, v, keep, rows, keys, terms, bias, slope, seed, place, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of keys: online softmax and acc += P V. `terms` and `place` are as in `attention_forward`."""
-    scale, softcap, bias_strides, threshold, keep_scale = terms
-    row_limit, end_key, shift, sequence_head = place
+def _key_tile(
+    state, q, k, v, keep, rows, keys, terms, bias, slope, seed, place, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """(acc, row_max, row_sum) after one more tile of keys: online softmax, acc += P V."""
+    acc, row_max, row_sum = state
     raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    value, unit, _ = score(raw, rows[:, None], keys[None, :], row_limit, shift, scale, softcap, bias, bias_strides, end_key, slope)
+    value, unit, _ = score(raw, rows[:, None], keys[None, :], terms, bias, slope, place)
     if MASKED:
         value = tl.where(keep, value, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(value, 1) * unit)
@@ -38,7 +36,7 @@ def _accumulate(acc, row_max, row_sum, q, k, v, keep, rows, keys, terms, bias, s
     row_sum = row_sum * rescale + tl.sum(p, 1)
     acc = acc * rescale[:, None]
     if seed is not None:
-        p = tl.where(survivors(tl.load(seed), sequence_head, rows[:, None], keys[None, :], threshold), p * keep_scale, 0.0)
+        p = tl.where(survivors(seed, place[3], rows[:, None], keys[None, :], terms[2]), p * terms[3], 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, new_max, row_sum
 
@@ -46,90 +44,92 @@ def _accumulate(acc, row_max, row_sum, q, k, v, keep, rows, keys, terms, bias, s
 @triton.jit
 def attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    sinks, bias, slopes, seed,
-    cu_seqlens_q, cu_seqlens_k, key_range, lists, band, terms,
+    sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k, key_range, lists, band, terms,
     q_strides, k_strides, v_strides, out_strides, lse_strides, slope_stride,
     num_tiles, num_heads, seqlen_q, seqlen_k,
-    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse of rows [m0, m0 + BLOCK_M) of one head of one sequence.
 
-    lists: None, or (row_ptr, row_index, row_bits, bits, batch stride, head stride in rows of tiles).
-    band: (left, right), None where unlimited. terms: (scale, softcap, bias strides, dropout threshold, 1 / (1 - p)).
-    Strides are in elements: (batch, row, head); dimension stride 1.
+    band: (left, right), None where unlimited; `lists` as in visits.py, `terms` as in cells.py.
+    Strides are in elements: (batch, row, head), that of a dimension is 1; lse_strides: (batch, row, head) too.
     """
     program = tl.program_id(0)
     tile = num_tiles - 1 - program % num_tiles  # under a causal mask the last rows have the most to do: first
-    head = (program // num_tiles) % num_heads
-    number = program // num_tiles // num_heads
-    q_at, length_q = sequence(cu_seqlens_q, number, seqlen_q, q_strides[0], q_strides[1])
-    k_at, length_k = sequence(cu_seqlens_k, number, seqlen_k, k_strides[0], k_strides[1])
-    v_at, _ = sequence(cu_seqlens_k, number, seqlen_k, v_strides[0], v_strides[1])
-    out_at, _ = sequence(cu_seqlens_q, number, seqlen_q, out_strides[0], out_strides[1])
-    lse_at, _ = sequence(cu_seqlens_q, number, seqlen_q, lse_strides[0], 1)
+    head, number = (program // num_tiles) % num_heads, program // num_tiles // num_heads
+    q_at, length_q = sequence(cu_seqlens_q, number, seqlen_q, q_strides)
+    k_at, length_k = sequence(cu_seqlens_k, number, seqlen_k, k_strides)
     m0 = tile * BLOCK_M
     if m0 < length_q:
-        rows = m0 + tl.arange(0, BLOCK_M)
-        columns = tl.arange(0, BLOCK_N)
+        v_at, _ = sequence(cu_seqlens_k, number, seqlen_k, v_strides)
+        out_at, _ = sequence(cu_seqlens_q, number, seqlen_q, out_strides)
+        lse_at, _ = sequence(cu_seqlens_q, number, seqlen_q, lse_strides)
+        rows, columns = m0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
         dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
         in_dims, in_dims_v = dims[None, :] < HEAD_DIM, dims_v[None, :] < HEAD_DIM_V
-        in_rows = rows[:, None] < length_q
-        kv_head = head // GROUP_SIZE
-        q_ptrs = q_ptr + q_at + head.to(tl.int64) * q_strides[2] + rows[:, None].to(tl.int64) * q_strides[1] + dims[None, :]
-        q = tl.load(q_ptrs, mask=in_rows & in_dims, other=0.0)
-        k_ptrs = k_ptr + k_at + kv_head.to(tl.int64) * k_strides[2] + columns[:, None].to(tl.int64) * k_strides[1] + dims[None, :]
-        v_ptrs = v_ptr + v_at + kv_head.to(tl.int64) * v_strides[2] + columns[:, None].to(tl.int64) * v_strides[1] + dims_v[None, :]
+        EVEN: tl.constexpr = BLOCK_D == HEAD_DIM
+        EVEN_V: tl.constexpr = BLOCK_DV == HEAD_DIM_V
+        q = load_inside(tile_pointers(q_ptr, q_at, head, rows, dims, q_strides), rows < length_q, in_dims, EVEN)
+        k_ptrs = tile_pointers(k_ptr, k_at, head // GROUP_SIZE, columns, dims, k_strides)
+        v_ptrs = tile_pointers(v_ptr, v_at, head // GROUP_SIZE, columns, dims_v, v_strides)
 
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         if sinks is not None:  # a score without a value: the softmax starts from it
             row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head) * LOG2E
             row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         bias_at, slope = bias, slopes
         if bias is not None:
-            bias_at = bias_matrix(bias, number, head, terms[2])
+            bias_at = bias_matrix(bias, number, head, terms[4], terms[5])
         if slopes is not None:
             slope = tl.load(slopes + number * slope_stride + head)
 
         first_key, end_key = key_bounds(key_range, number, length_k)
         shift = length_k - length_q
         place = (length_q, end_key, shift, number * num_heads + head)
-        EVEN: tl.constexpr = BLOCK_D == HEAD_DIM
-        EVEN_V: tl.constexpr = BLOCK_DV == HEAD_DIM_V
-        if lists is None:
-            first, full_first, full_end, end = key_tiles(m0, tl.minimum(m0 + BLOCK_M, length_q), shift, band[0], band[1], first_key, end_key, BLOCK_N)
-            num_full, num_left, num_partial = full_end - full_first, full_first - first, full_first - first + end - full_end
-        else:
-            full_first, middle, end = listed(lists[0], number * lists[4] + head * lists[5] + tile)
-            num_full, num_partial = middle - full_first, end - middle
-
+        row_of_tiles = tile
+        if lists is not None:
+            row_of_tiles = number * lists[4] + head * lists[5] + tile
+        full, num_full, partial, num_left, others, num_partial = key_visits(
+            lists,
+            row_of_tiles,
+            m0,
+            tl.minimum(m0 + BLOCK_M, length_q),
+            shift,
+            band[0],
+            band[1],
+            first_key,
+            end_key,
+            BLOCK_N,
+        )
         for step in range(0, num_full):
-            n0 = (full_first + step) * BLOCK_N if lists is None else tl.load(lists[1] + full_first + step) * BLOCK_N
+            n0 = visited(lists, full + step) * BLOCK_N
             k = load_tile(k_ptrs + n0.to(tl.int64) * k_strides[1], in_dims, EVEN)
             v = load_tile(v_ptrs + n0.to(tl.int64) * v_strides[1], in_dims_v, EVEN_V)
-            acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, q, k, v, None, rows, n0 + columns, terms, bias_at, slope, seed, place, False, PRECISION)  # fmt: skip
+            state = (acc, row_max, row_sum)
+            acc, row_max, row_sum = _key_tile(
+                state, q, k, v, None, rows, n0 + columns, terms, bias_at, slope, seed, place, False, PRECISION
+            )
         for step in range(0, num_partial):
-            if lists is None:
-                n0 = tl.where(step < num_left, first + step, full_end + step - num_left) * BLOCK_N
-                keys = n0 + columns
-                keep = band_cells(rows[:, None], keys[None, :], shift, band[0], band[1], first_key, end_key)
-                seen = (keys >= first_key) & (keys < end_key)
-            else:
-                n0 = tl.load(lists[1] + middle + step) * BLOCK_N
-                keys = n0 + columns
-                keep = bit_cells(lists[3], tl.load(lists[2] + middle + step), (rows - m0)[:, None], columns[None, :], BLOCK_M, BLOCK_N)
-                seen = tl.max(keep.to(tl.int32), 0) > 0
-            # keys that nobody sees are not read: what is there may be anything, and 0 * NaN is NaN
-            k = tl.load(k_ptrs + n0.to(tl.int64) * k_strides[1], mask=seen[:, None] & in_dims, other=0.0)
-            v = tl.load(v_ptrs + n0.to(tl.int64) * v_strides[1], mask=seen[:, None] & in_dims_v, other=0.0)
-            acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, q, k, v, keep, rows, keys, terms, bias_at, slope, seed, place, True, PRECISION)  # fmt: skip
+            entry = tl.where(step < num_left, partial + step, others + step - num_left)
+            n0 = visited(lists, entry) * BLOCK_N
+            keys = n0 + columns
+            keep = visible(
+                lists, entry, rows[:, None], keys[None, :], m0, n0, shift, band, first_key, end_key, BLOCK_M, BLOCK_N
+            )
+            seen = keys_seen(lists, keep, keys, first_key, end_key)
+            k = load_inside(k_ptrs + n0.to(tl.int64) * k_strides[1], seen, in_dims, EVEN)
+            v = load_inside(v_ptrs + n0.to(tl.int64) * v_strides[1], seen, in_dims_v, EVEN_V)
+            state = (acc, row_max, row_sum)
+            acc, row_max, row_sum = _key_tile(
+                state, q, k, v, keep, rows, keys, terms, bias_at, slope, seed, place, True, PRECISION
+            )
 
         empty = row_sum == 0.0
         out = acc / tl.where(empty, 1.0, row_sum)[:, None]
         lse = tl.where(empty, -float("inf"), (row_max + tl.log2(tl.where(empty, 1.0, row_sum))) / LOG2E)
-        out_ptrs = out_ptr + out_at + head.to(tl.int64) * out_strides[2] + rows[:, None].to(tl.int64) * out_strides[1] + dims_v[None, :]
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_rows & in_dims_v)
-        tl.store(lse_ptr + lse_at + head.to(tl.int64) * lse_strides[1] + rows, lse, mask=rows < length_q)
+        out_ptrs = tile_pointers(out_ptr, out_at, head, rows, dims_v, out_strides)
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(rows < length_q)[:, None] & in_dims_v)
+        tl.store(lse_ptr + lse_at + head.to(tl.int64) * lse_strides[2] + rows, lse, mask=rows < length_q)
