@@ -17,7 +17,6 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from hasten.bench.timing import CudaClock, Work
@@ -80,7 +79,7 @@ def _compile(task: tuple[str, int, tuple[int, int, int, int], str]) -> str | Non
     table.TABLE[phase, 2, head_dim] = {"plain": table.Tile(*candidate)}
     try:
         runner(phase, saved, call)()
-    except (RuntimeError, triton.TritonError) as problem:  # a tile the GPU has no room for
+    except (RuntimeError, launch.TritonError) as problem:  # a tile the GPU has no room for
         return f"{task}: {str(problem).splitlines()[-1][:100]}"
     return None
 
@@ -112,7 +111,7 @@ def sweep(phases: list[str], head_dims: list[int], seqlens: list[int], processes
                 ms = median_ms(run)
                 error = ((result - first).norm() / first.norm()).item()
                 yield {**record, "ms": ms, "tflops": flops / ms / 1e9, "difference": error}
-            except (RuntimeError, triton.TritonError) as problem:
+            except (RuntimeError, launch.TritonError) as problem:
                 yield {**record, "failed": str(problem).splitlines()[-1][:100]}
         table.TABLE[phase, 2, dim] = kept
 

@@ -68,10 +68,15 @@ def choose(q: Tensor, k: Tensor, v: Tensor, call: Call, forced: str | None) -> t
     raise UnsupportedError("any", "; ".join(f"{name}: {why}" for name, why in refused.items()), "see hasten.explain")
 
 
+def no_triton(tensor: Tensor) -> str | None:
+    """Why Triton kernels cannot take this tensor, or None; under TRITON_INTERPRET=1 they run on the CPU."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton kernels need a GPU, q is on {tensor.device.type}"
+    return None
+
+
 def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
-    if name == "portable":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"Triton kernels need a GPU, q is on {q.device.type}"
-    return load(name).refuses(q, k, v, call)
+    reason = no_triton(q) if name == "portable" else None
+    return reason or load(name).refuses(q, k, v, call)

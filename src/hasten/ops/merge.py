@@ -6,11 +6,13 @@ Used for split keys, cascades, ring attention and Longformer's parts. Differenti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.errors import ArgumentError
+from hasten.ops import choose
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -31,11 +33,61 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             raise ArgumentError(
                 f"parts[{number}]", f"out {tuple(out0.shape)}, lse {tuple(lse0.shape)}", got, "split keys only"
             )
-    lses = torch.stack([lse for _, lse in parts])
+    outs, lses = [out for out, _ in parts], [lse for _, lse in parts]
+    if choose.no_triton(out0) is None and out0.dtype != torch.float64 and out0.shape[-1] <= 256:
+        out, lse = _merge(outs, lses)
+        return out, lse
+    return _merge_plain(outs, lses)
+
+
+def _merge_plain(outs: list[Tensor], parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The definition, in PyTorch."""
+    lses = torch.stack(parts)
     seen = (lses > -torch.inf).any(dim=0)
     lse = torch.logsumexp(torch.where(seen, lses, 0.0), dim=0)
     weights = torch.where(seen, torch.exp(lses - lse), 0.0).transpose(-1, -2).unsqueeze(-1)
-    total = weights[0] * out0
-    for weight, (out, _) in zip(weights[1:], parts[1:], strict=True):
+    total = weights[0] * outs[0]
+    for weight, out in zip(weights[1:], outs[1:], strict=True):
         total = total + weight * out
-    return total.to(out0.dtype), torch.where(seen, lse, -torch.inf)
+    return total.to(outs[0].dtype), torch.where(seen, lse, -torch.inf)
+
+
+@torch.library.custom_op("hasten::merge", mutates_args=())
+def _merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    from hasten.ops.portable import merge as kernels  # triton is loaded by those who use it
+
+    return kernels.forward(outs, lses)
+
+
+@_merge.register_fake
+def _(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+
+
+@torch.library.custom_op("hasten::merge_backward", mutates_args=())
+def _merge_backward(
+    dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]
+) -> list[Tensor]:
+    from hasten.ops.portable import merge as kernels
+
+    douts, dlses = kernels.backward(dout, dlse, out, lse, outs, lses)
+    return [*douts, *dlses]
+
+
+@_merge_backward.register_fake
+def _(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, outs: Any, lses: Any) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in (*outs, *lses)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[0], *inputs[1])
+    ctx.num_parts = len(inputs[0])
+
+
+def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    out, lse, *parts = ctx.saved_tensors
+    grads = _merge_backward(dout, dlse, out, lse, parts[: ctx.num_parts], parts[ctx.num_parts :])
+    return grads[: ctx.num_parts], grads[ctx.num_parts :]
+
+
+_merge.register_autograd(_backward, setup_context=_setup)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import TritonError
 
 from hasten.ops import dropout
 from hasten.ops.call import Call, Gradients
@@ -16,6 +17,8 @@ from hasten.ops.portable.forward import attention_forward
 from hasten.ops.portable.gradients import attention_delta, attention_dkdv, attention_dq
 from hasten.ops.portable.table import LONG, Kind, Limits, Tile, tile
 from hasten.ops.tiles import Band, as_band, tile_lists
+
+__all__ = ["Sizes", "TritonError", "backward", "forward", "limits"]
 
 
 @dataclass(frozen=True)
