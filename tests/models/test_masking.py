@@ -128,6 +128,14 @@ def test_a_mask_made_before_is_passed_on():
     assert mask.contiguous() is mask and mask.to("cpu") is mask and mask.ndim == 4
 
 
+def test_a_mask_follows_its_layer_to_another_device():
+    mask = ModelMask(Causal() & Padding([2, 3], "left"), 4)
+    moved = mask.to("meta", non_blocking=True)
+    assert moved.num_keys == 4 and repr(moved.mask) == repr(mask.mask)
+    assert moved.mask.masks[1].lengths.device.type == "meta"
+    assert mask.to(torch.device("cpu")) is mask
+
+
 def test_a_layer_that_takes_it_for_a_tensor_is_told():
     mask = ModelMask(Causal())
     with pytest.raises(AttributeError, match=r"has no 'dtype'.*AttentionInterface"):

@@ -43,6 +43,7 @@ def test_positions_counted_within_sequences_are_read_only_where_the_sequences_ar
     pattern = patterns.read(made.and_masks(made.packed_sequence_mask_function(IDS), remapped))
     assert (pattern.left, pattern.right, pattern.starts.tolist()) == (1, 0, STARTS)
     assert patterns.read(remapped) is None
+    assert patterns.read(made.and_masks(remapped, made.causal_mask_function)) is None
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,32 @@ def test_positions_counted_within_sequences_are_read_only_where_the_sequences_ar
 )
 def test_what_is_not_known_is_not_read(mask_function):
     assert patterns.read(mask_function) is None
+
+
+@pytest.mark.parametrize(
+    ("mask_function", "local_size", "is_bidirectional", "expected"),
+    [
+        (made.causal_mask_function, None, False, Pattern(None, 0)),
+        (made.bidirectional_mask_function, None, True, Pattern()),
+        (made.sliding_window_causal_mask_function(4), 4, False, Pattern(3, 0)),
+        (made.sliding_window_bidirectional_mask_function(4), 4, True, Pattern(4, 4)),
+        (made.and_masks(made.bidirectional_mask_function, made.causal_mask_function), None, True, None),
+        (made.or_masks(made.causal_mask_function, made.bidirectional_mask_function), None, False, None),
+    ],
+    ids=["causal", "bidirectional", "sliding", "sliding both", "no size", "or"],
+)
+def test_what_is_concluded_while_tracing(mask_function, local_size, is_bidirectional, expected):
+    assert patterns.traced(mask_function, local_size, is_bidirectional, None) == expected
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_where_sequences_begin_is_asked_of_the_function_while_tracing(window):
+    band = made.causal_mask_function if window is None else made.sliding_window_causal_mask_function(window)
+    packed = made.and_masks(band, made.packed_sequence_mask_function(IDS))
+    pattern = patterns.traced(packed, window, False, torch.empty(2, 5))
+    named = pattern.band(5) & patterns.documents(pattern.starts, False)
+    expected = made.sdpa_mask(2, 5, 5, mask_function=packed, allow_is_causal_skip=False)
+    assert torch.equal(named.keep(5, batch=2), expected)
 
 
 def test_a_window_that_reaches_all_keys_is_none():

@@ -6,7 +6,7 @@ layer. Knows caches by their lengths and offsets only, and no model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import and_
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from hasten.masks import Dense, Full, Mask, Padding
+from hasten.masks import Dense, Full, Mask, Padding, decode, encode
 from hasten.models import patterns
 from hasten.models.patterns import MaskFunction, Pattern
 from hasten.ops import host
@@ -39,9 +39,12 @@ class ModelMask:
         """Itself: there is no memory to arrange."""
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> ModelMask:
-        """Itself: the tensors of a mask go to the device of the queries in the attention."""
-        return self
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> ModelMask:
+        """The same mask with its tensors on `device`; itself if they are there, or it has none."""
+        text, tensors = encode(self.mask)
+        moved = [tensor.to(device, non_blocking=non_blocking) for tensor in tensors]
+        is_there = all(one is other for one, other in zip(tensors, moved, strict=True))
+        return self if is_there else replace(self, mask=decode(text, moved))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -143,7 +146,7 @@ def _padding(keys: Tensor, num_keys: int) -> Mask | None:
     falls, rises = keys[:, 1:] < keys[:, :-1], keys[:, 1:] > keys[:, :-1]
     facts = torch.cat([keys.sum(-1), falls.any()[None], rises.any()[None]])
     *lengths, has_falls, has_rises = facts.tolist()  # the one wait for the device
-    if min(lengths) == num_keys:
+    if min(lengths, default=num_keys) == num_keys:
         return None
     if has_falls and has_rises:
         return Dense(keys[:, None, None, :])
