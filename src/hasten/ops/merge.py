@@ -44,12 +44,12 @@ def _merge_plain(outs: list[Tensor], parts: list[Tensor]) -> tuple[Tensor, Tenso
     """The definition, in PyTorch."""
     lses = torch.stack(parts)
     seen = (lses > -torch.inf).any(dim=0)
-    lse = torch.logsumexp(torch.where(seen, lses, 0.0), dim=0)
-    weights = torch.where(seen, torch.exp(lses - lse), 0.0).transpose(-1, -2).unsqueeze(-1)
+    finite = torch.where(seen, lses, 0.0)
+    weights = torch.where(seen, torch.softmax(finite, dim=0), 0.0).transpose(-1, -2).unsqueeze(-1)
     total = weights[0] * outs[0]
     for weight, out in zip(weights[1:], outs[1:], strict=True):
         total = total + weight * out
-    return total.to(outs[0].dtype), torch.where(seen, lse, -torch.inf)
+    return total.to(outs[0].dtype), torch.where(seen, torch.logsumexp(finite, dim=0), -torch.inf)
 
 
 @torch.library.custom_op("hasten::merge", mutates_args=())
