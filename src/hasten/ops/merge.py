@@ -56,7 +56,8 @@ def _merge_plain(outs: list[Tensor], parts: list[Tensor]) -> tuple[Tensor, Tenso
 def _merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     from hasten.ops.portable import merge as kernels  # triton is loaded by those who use it
 
-    return kernels.forward(outs, lses)
+    with torch.cuda.device_of(outs[0]):
+        return kernels.forward(outs, lses)
 
 
 @_merge.register_fake
@@ -70,7 +71,8 @@ def _merge_backward(
 ) -> list[Tensor]:
     from hasten.ops.portable import merge as kernels
 
-    douts, dlses = kernels.backward(dout, dlse, out, lse, outs, lses)
+    with torch.cuda.device_of(out):
+        douts, dlses = kernels.backward(dout, dlse, out, lse, outs, lses)
     return [*douts, *dlses]
 
 

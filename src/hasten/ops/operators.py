@@ -68,7 +68,8 @@ def attention(
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         host.check_cu_seqlens("cu_seqlens_q", call.cu_seqlens_q, q.shape[0], max_seqlen_q)
         host.check_cu_seqlens("cu_seqlens_k", call.cu_seqlens_k, k.shape[0], max_seqlen_k)
-    return choose.load(implementation).forward(q, k, v, call)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return choose.load(implementation).forward(q, k, v, call)
 
 
 @attention.register_fake
@@ -107,7 +108,8 @@ def attention_backward(
     """Gradients of q, k, v, sinks, bias, slopes; an empty tensor for what the call does not have."""
     options = (mask, max_seqlen_q, max_seqlen_k, softmax_scale, softcap, dropout_p)
     call = _call(sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k, mask_tensors, *options, needs_bias)
-    grads = choose.load(implementation).backward(dout, dlse, q, k, v, out, lse, call)
+    with torch.cuda.device_of(q):
+        grads = choose.load(implementation).backward(dout, dlse, q, k, v, out, lse, call)
     extra = [q.new_empty(0) if grad is None else grad for grad in grads[3:]]
     return grads.dq, grads.dk, grads.dv, extra[0], extra[1], extra[2]
 

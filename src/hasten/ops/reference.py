@@ -20,8 +20,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     Dense: q (batch, seqlen_q, num_heads, head_dim) -> out (..., head_dim_v), lse (batch, num_heads, seqlen_q).
     Packed: q (total_q, num_heads, head_dim) -> out (total_q, ...), lse (num_heads, total_q).
     """
-    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
-        return _dense(q, k, v, call, 0)
+    with torch.autocast(q.device.type, enabled=False):  # autocast would round the products
+        return _dense(q, k, v, call, 0) if call.cu_seqlens_q is None else _packed(q, k, v, call)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
     starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
     outs, lses = [], []
     for number in range(len(starts_q) - 1):

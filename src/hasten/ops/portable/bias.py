@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hasten.ops.portable.cells import bias_matrix, row_statistics, score_gradient, visible
-from hasten.ops.portable.visits import key_bounds, key_visits, load_inside, tile_pointers, visited
+from hasten.ops.portable.visits import LENGTHS, key_bounds, key_visits, load_inside, tile_pointers, visited
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _add(dbias, ds, rows, keys, tile, strides, inside, ONE_ROW: tl.constexpr, ON
     tl.debug_barrier()  # the next tile may add to the same place from other threads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_dbias(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr, bias, seed, key_range, lists, band, terms,
     q_strides, k_strides, v_strides, dout_strides, dbias_strides, lse_strides,

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from hasten.ops.portable.cells import LOG2E, bias_matrix, keys_seen, score, survivors, visible
 from hasten.ops.portable.visits import (
+    LENGTHS,
     key_bounds,
     key_visits,
     load_inside,
@@ -41,7 +42,7 @@ def _key_tile(
     return acc, new_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k, key_range, lists, band, terms,

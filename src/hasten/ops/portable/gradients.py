@@ -12,6 +12,7 @@ import triton.language as tl
 
 from hasten.ops.portable.cells import bias_matrix, keys_seen, row_statistics, score_gradient, visible
 from hasten.ops.portable.visits import (
+    LENGTHS,
     key_bounds,
     key_visits,
     load_inside,
@@ -23,7 +24,7 @@ from hasten.ops.portable.visits import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_delta(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr, cu_seqlens_q, out_strides, dout_strides, lse_strides, dlse_strides,
     num_tiles, num_heads, seqlen_q, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -63,7 +64,7 @@ def _add_key_tile(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_dkdv(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     bias, slopes, seed, cu_seqlens_q, cu_seqlens_k, key_range, lists, band, terms,
@@ -166,7 +167,7 @@ def _add_row_tile(
     return dq, dslope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_dq(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dslope_ptr,
     bias, slopes, seed, cu_seqlens_q, cu_seqlens_k, key_range, lists, band, terms,

@@ -188,7 +188,7 @@ def backward(
 
 def _delta(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sizes: Sizes, call: Call) -> Tensor:
     delta = torch.empty_like(lse)
-    block_m = 64
+    block_m = 4096 // _padded(sizes.head_dim_v)
     num_tiles = -(-call.max_seqlen_q // block_m)
     attention_delta[(num_tiles * sizes.num_heads * sizes.batch,)](
         out, dout, dlse, delta, call.cu_seqlens_q,

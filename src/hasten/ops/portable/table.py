@@ -79,6 +79,7 @@ ELSEWHERE["ampere"] = {
     ("dq", 2, 64): {"plain": Tile(64, 32, 4, 2)},
     ("dq", 2, 128): {"plain": Tile(64, 32, 4, 2)},
     ("dq", 2, 256): {"plain": Tile(64, 32, 8, 1)},
+    ("dbias", 2, 256): {"plain": Tile(32, 32, 8, 1)},
 }
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# sizes for which a kernel compiled for "1" or "a multiple of 16" gains nothing and costs seconds
+LENGTHS = ("num_tiles", "batch")
+
 
 @triton.jit
 def sequence(cu_seqlens, number, seqlen, strides):
