@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hasten.errors import ArgumentError
+from hasten.errors import ArgumentError, ArgumentTypeError
 from hasten.masks import Full, Mask
 from hasten.ops import checks, choose, host, operators, reference, rewrite
 from hasten.ops.alibi import ALiBi
@@ -94,11 +94,12 @@ def prepare(
 ) -> Prepared:
     """Check everything and fill in defaults. Arguments, shapes and errors are those of `attention`."""
     packed = checks.check_packing(q, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
-    q, k, v = (_autocast(tensor) for tensor in (q, k, v))
+    q, k, v = (_autocast(tensor, q) for tensor in (q, k, v))
     checks.check_tensors(q, k, v, packed)
     mask = Full() if mask is None else mask
-    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     checks.check_numbers(softmax_scale, softcap, dropout_p)
+    softmax_scale = float(softmax_scale)
     checks.check_mask(mask, q, k, 0 if packed else q.shape[0], packed)
     slopes = bias.slopes if isinstance(bias, ALiBi) else None
     matrix = None if isinstance(bias, ALiBi) else bias
@@ -120,6 +121,9 @@ def prepare(
         cu_seqlens_q=None if cu_seqlens_q is None else cu_seqlens_q.to(torch.int32),
         cu_seqlens_k=None if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32),
     )
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        host.check_cu_seqlens("cu_seqlens_q", call.cu_seqlens_q, q.shape[0], call.max_seqlen_q)
+        host.check_cu_seqlens("cu_seqlens_k", call.cu_seqlens_k, k.shape[0], call.max_seqlen_k)
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     return Prepared(q, k, v, call)
 
@@ -160,16 +164,20 @@ def _run(q: Tensor, k: Tensor, v: Tensor, call: Call, implementation: str | None
     return operators.run(q, k, v, call, name)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    """Under autocast, float32 goes in as the autocast dtype, as in PyTorch's own attention."""
-    if isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and torch.is_autocast_enabled(tensor.device.type):
-        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-    return tensor
+def _autocast(tensor: Tensor, q: Tensor) -> Tensor:
+    """Under autocast for q's device, float32 goes in as the autocast dtype, as in PyTorch's own attention."""
+    if not isinstance(q, Tensor) or not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
+        return tensor
+    kind = q.device.type
+    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return tensor.to(torch.get_autocast_dtype(kind)) if is_on else tensor
 
 
 def _longest(argument: str, given: int | None, cu_seqlens: Tensor | None) -> int:
     assert cu_seqlens is not None
     if given is not None:
+        if isinstance(given, Tensor) or not hasattr(given, "__index__"):
+            raise ArgumentTypeError(argument, "an int", repr(given), "read it from the tensor once, before the layers")
         if given < 0:
             raise ArgumentError(argument, "a length >= 0", given, "it is the longest sequence")
         return given

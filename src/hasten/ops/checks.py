@@ -62,7 +62,7 @@ def check_packing(
             raise ArgumentError(
                 name, "shape (batch + 1,)", tuple(value.shape), "it starts with 0 and ends with the total"
             )
-        if value.device != q.device:
+        if isinstance(q, Tensor) and value.device != q.device:
             raise ArgumentError(name, f"the device of q, {q.device}", value.device, "move it once, before the layers")
     assert cu_seqlens_q is not None and cu_seqlens_k is not None
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -72,7 +72,11 @@ def check_packing(
 
 
 def check_numbers(softmax_scale: float, softcap: float | None, dropout_p: float) -> None:
-    """Raise unless the scalar options are finite and in range."""
+    """Raise unless the scalar options are numbers, finite and in range."""
+    for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap), ("dropout_p", dropout_p)):
+        is_left_out = value is None and name == "softcap"
+        if not is_left_out and not isinstance(value, int | float) and not hasattr(value, "__float__"):
+            raise ArgumentTypeError(name, "a number", repr(value), "see the docstring of attention for its range")
     if not math.isfinite(softmax_scale):
         raise ArgumentError("softmax_scale", "a finite number", softmax_scale, "head_dim ** -0.5 is the default")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):

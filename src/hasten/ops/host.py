@@ -59,9 +59,12 @@ def can_read(tensor: Tensor) -> bool:
 
 def check_cu_seqlens(argument: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
     """Raise ArgumentError unless it rises from 0 to `total` in steps of at most `max_seqlen`."""
-    if not can_read(cu_seqlens):
-        return
-    values = host_copy(cu_seqlens)
+    if can_read(cu_seqlens):
+        passed = ("rises", argument, total, max_seqlen)
+        derived(cu_seqlens, passed, lambda: _expect_rising(argument, host_copy(cu_seqlens), total, max_seqlen))
+
+
+def _expect_rising(argument: str, values: tuple[int, ...], total: int, max_seqlen: int) -> None:
     if values[0] != 0 or values[-1] != total:
         raise ArgumentError(argument, f"0 first and {total} last", f"{values[0]} and {values[-1]}", "it counts tokens")
     steps = [after - before for before, after in itertools.pairwise(values)]
