@@ -23,12 +23,18 @@ def filled(capacity=8, **shape):
     return layer
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+# without beams over an encoder, whose cache transformers expands for beams only if it made it itself
+SEARCHES = [
+    pytest.param(architecture, options, id=f"{architecture}-{'beams' if options else 'greedy'}")
+    for architecture in GENERATORS
+    for options in ({}, {"num_beams": 3})
+    if not (options and architecture.kind == "seq2seq")
+]
+
+
 @pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize("architecture", GENERATORS, ids=str)
+@pytest.mark.parametrize(("architecture", "options"), SEARCHES)
 def test_generate_gives_the_same_tokens_as_with_its_own_cache(architecture, side, options):
-    if architecture.kind == "seq2seq" and options:
-        pytest.skip("transformers expands an encoder for beams only together with its own cache")
     model = architecture.build()
     given = {
         "attention_mask": padding(2, 9, "ones" if side == "none" else side),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hasten.engine.runner import Runner, context_length, decode_threads
+from hasten.engine.runner import Runner, context_length, step_threads
 from hasten.errors import ArgumentError
 from hasten.models import accelerate
 from tests.models.tiny import GENERATORS, tokens
@@ -77,6 +77,62 @@ def test_positions_are_counted(way, expected):
     assert runner.num_positions == expected
 
 
+def test_warming_up_records_and_changes_no_token():
+    cold, warm = Runner(build(LLAMA)), Runner(build(LLAMA))
+    warm.warm_up()
+    recorded = warm._step
+    assert recorded is not None and warm._is_checked
+    assert greedy(warm, [5, 6, 7]) == greedy(cold, [5, 6, 7])
+    assert warm._step is recorded and warm.num_positions == cold.num_positions
+
+
+@pytest.mark.parametrize("architecture", [one for one in GENERATORS if one.kind == "seq2seq"], ids=str)
+def test_warming_up_leaves_an_encoder_decoder_alone(architecture):
+    runner = Runner(build(architecture))
+    runner.warm_up()
+    assert runner._step is None and runner.cache is None
+
+
+SCALED = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_positions_beyond_the_original_length(kind):
+    """Rotations that change with the length cannot be recorded; the tokens are right either way."""
+    model = build(LLAMA, rope_parameters=SCALED[kind], max_position_embeddings=16 if kind == "dynamic" else 64)
+    expected = of_transformers(model, [5, 6, 7])
+    runner = Runner(model)
+    assert greedy(runner, [5, 6, 7]) == expected
+    assert runner.path.startswith("recorded step" if kind == "llama3" else "the model's own forward: ")
+
+
+def test_parts_with_different_attention_are_left_as_they_are():
+    model = build(next(one for one in GENERATORS if one.name == "bart"))
+    model.model.encoder.config = model.model.encoder.config.__class__.from_dict(model.config.to_dict())
+    model.model.encoder.config._attn_implementation = "sdpa"
+    runner = Runner(model)
+    greedy(runner, [5, 6, 7], 6)
+    assert runner.path == "the model's own forward: its parts attend by eager, sdpa"
+
+
 def test_a_forward_that_depends_on_values_goes_on_unrecorded():
     model = build(LLAMA)
     expected = of_transformers(model, [5, 6, 7], 12)
@@ -133,18 +189,22 @@ def test_threads_are_as_before_after_a_step():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        runner = Runner(build(LLAMA), decode_threads=1)
+        model, seen = build(LLAMA), []
+        model.register_forward_pre_hook(lambda *ignored: seen.append(torch.get_num_threads()))
+        runner = Runner(model, step_threads=1, can_record=False)
         greedy(runner, [5, 6, 7], 4)
-        assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 2 and seen == [1] * 4
+        runner.begin([5] * 65, [], 2)
+        assert seen[4:] == [2]
     finally:
         torch.set_num_threads(before)
 
 
 def test_a_small_model_decodes_on_one_thread():
     model = build(LLAMA)
-    assert decode_threads(model) == 1
+    assert step_threads(model) == 1
     model.big = torch.nn.Parameter(torch.empty(2**24 + 1))
-    assert decode_threads(model) is None
+    assert step_threads(model) is None
 
 
 def test_the_context_is_read_from_the_configuration():

@@ -66,8 +66,10 @@ def generate(
         )
         text = sys.stdin.read() if prompt == "-" else prompt
         checkpoint = _load(model, device, dtype, allow_pickle, status.update)
-    threads = engine.decode_threads(checkpoint.model) if config.num_threads() is None else None
-    runner = engine.Runner(checkpoint.model, use_cache=not no_kv_cache, may_lay_out=True, decode_threads=threads)
+        threads = engine.step_threads(checkpoint.model) if config.num_threads() is None else None
+        runner = engine.Runner(checkpoint.model, use_cache=not no_kv_cache, may_lay_out=True, step_threads=threads)
+        status.update("recording the decode step")
+        runner.warm_up()
     events = engine.generate(runner, checkpoint.tokenizer, text, sampling, is_chat=chat)
     finished = _show(events, is_quiet=as_json)
     if as_json:

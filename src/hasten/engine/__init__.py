@@ -2,7 +2,7 @@
 
 from hasten.engine.checkpoint import Checkpoint, load
 from hasten.engine.generate import Finished, Token, generate
-from hasten.engine.runner import Runner, decode_threads
+from hasten.engine.runner import Runner, step_threads
 from hasten.engine.sampling import Sampling
 
-__all__ = ["Checkpoint", "Finished", "Runner", "Sampling", "Token", "decode_threads", "generate", "load"]
+__all__ = ["Checkpoint", "Finished", "Runner", "Sampling", "Token", "generate", "load", "step_threads"]

@@ -19,7 +19,7 @@ def lay_out(graph: fx.Graph, root: nn.Module) -> None:
 
     Matrices that share their input (q, k and v; gate and up) become blocks of one (in, sum of outs) buffer,
     and the parameters views of it. One row meets columns at 14 to 29 GB/s on one core, rows at 8 to 14
-    (docs/design/generation.md); matrices that are not taller than wide in sum stay as they are. A matrix that
+    (docs/design/generation.md); matrices that are wider than tall in sum stay as they are. A matrix that
     something else reads too, as an embedding does, is copied instead. root: holds the graph's constants.
     """
     groups: dict[tuple[Any, bool], list[fx.Node]] = defaultdict(list)
@@ -28,7 +28,7 @@ def lay_out(graph: fx.Graph, root: nn.Module) -> None:
             groups[node.args[0], _bias(node) is None].append(node)
     for (_, is_without_bias), nodes in groups.items():
         weights = [_value(root, node.args[1]) for node in nodes]
-        if sum(len(weight) for weight in weights) > weights[0].shape[1]:
+        if sum(len(weight) for weight in weights) >= weights[0].shape[1]:
             _join(graph, root, nodes, weights, is_without_bias)
 
 

@@ -8,7 +8,8 @@ recorded, or whose recording differs, goes on with its own forward, and `path` s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from hasten.engine import step
 from hasten.engine.recorder import NotRecordable
 from hasten.engine.step import RecordedStep
 
+FEW_TOKENS = 64
 # how far the recorded step's logits may be from the forward's, relative to the largest
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 _TOLERANCE_OF_HALVES = 5e-2
@@ -29,8 +31,8 @@ class Runner:
 
     model: with a language-modelling head, decoder-only or encoder-decoder, in evaluation mode. use_cache=False
     computes all tokens again at every step. can_record=False keeps to the model's own forward. may_lay_out
-    lets the weights be moved in memory, their values, shapes and names unchanged (layout.py). decode_threads: CPU
-    threads of PyTorch for the steps after the prompt; None leaves its number as it is.
+    lets the weights be moved in memory, their values, shapes and names unchanged (layout.py). step_threads: CPU
+    threads of PyTorch for forwards of at most 64 tokens; None leaves its number as it is.
 
     A recorded step reads the weights where they are; what the model computes from weights alone (1 + weight in
     Gemma's norms) is taken once, so after a change of weights use a new Runner.
@@ -43,9 +45,9 @@ class Runner:
         use_cache: bool = True,
         can_record: bool = True,
         may_lay_out: bool = False,
-        decode_threads: int | None = None,
+        step_threads: int | None = None,
     ) -> None:
-        self.model, self.decode_threads = model, decode_threads
+        self.model, self.step_threads = model, step_threads
         self.use_cache, self.can_record, self.may_lay_out = use_cache, can_record, may_lay_out
         self.cache: KVCache | EncoderDecoderKVCache | None = None
         self.num_positions = 0  # tokens that went through the model for this request, the prompt's with them
@@ -71,6 +73,18 @@ class Runner:
         dtype: torch.dtype = self.model.dtype
         return dtype
 
+    def warm_up(self) -> None:
+        """Record the decode step before the first request, so that no request pays for it.
+
+        Runs three tokens. Does nothing where a recorded step serves one request only (encoder-decoder models), is
+        not wanted, or saves less than it costs (weights of more than 2 GiB, which are read three times).
+        """
+        is_small = sum(parameter.nbytes for parameter in self.model.parameters()) <= 2 * 2**30
+        if self.use_cache and self.can_record and is_small and not self._is_encoder_decoder:
+            self.begin([0], [], 3)
+            self.next(0)
+            self.next(0)
+
     @torch.inference_mode()
     def begin(self, prompt: Sequence[int], first: Sequence[int], max_tokens: int) -> Tensor:
         """Logits (vocab,) of the first new token, for a request of at most `max_tokens` of them.
@@ -80,12 +94,13 @@ class Runner:
         """
         self._encoded, self.num_positions, self.cache, self.path = None, 0, None, "prompt only"
         self._ids = list(first if self._is_encoder_decoder else prompt)
-        if self._is_encoder_decoder:
-            self._encoded = self.model.get_encoder()(input_ids=self._tensor(prompt))
-            self.num_positions += len(prompt)
         if self.use_cache:
             self.cache = allocate(self.model.config, len(self._ids) + max_tokens, len(prompt))
-        return self._forward(self._ids)
+        with self._threads(len(prompt)):
+            if self._is_encoder_decoder:
+                self._encoded = self.model.get_encoder()(input_ids=self._tensor(prompt))
+                self.num_positions += len(prompt)
+            return self._forward(self._ids)
 
     @torch.inference_mode()
     def next(self, token: int) -> Tensor:
@@ -94,12 +109,19 @@ class Runner:
         if self.cache is None:
             self.path = "no KV cache"
             return self._forward(self._ids)
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(self.decode_threads or num_threads)
-        try:
+        with self._threads(1):
             return self._step_with(token, self.cache)
+
+    @contextmanager
+    def _threads(self, num_tokens: int) -> Iterator[None]:
+        """With as many threads of PyTorch as a forward of so many tokens should have."""
+        before = torch.get_num_threads()
+        if self.step_threads is not None and num_tokens <= FEW_TOKENS:
+            torch.set_num_threads(self.step_threads)
+        try:
+            yield
         finally:
-            torch.set_num_threads(num_threads)
+            torch.set_num_threads(before)
 
     def _step_with(self, token: int, cache: KVCache | EncoderDecoderKVCache) -> Tensor:
         """One step over the cache, in the way that is known to work or is now to be tried."""
@@ -135,7 +157,7 @@ class Runner:
             logits, self._step = step.record(self._call, self.model, token, cache, most, self.may_lay_out)
         except (NotRecordable, RuntimeError, TypeError, ValueError, AttributeError) as error:
             # a model may trip over a position that is a tensor in its own way; its own forward tells what is true
-            self._why_not = str(error) or type(error).__name__
+            self._why_not = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             self.path = f"the model's own forward: {self._why_not}"
             cache.truncate(length)
             return self._forward([token])
@@ -187,10 +209,10 @@ def context_length(config: Any) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
-def decode_threads(model: Any) -> int | None:
-    """CPU threads for the decode steps of a model: 1 if its weights take at most 64 MiB, else None (PyTorch's number).
+def step_threads(model: Any) -> int | None:
+    """CPU threads for small steps of a model: 1 if its weights take at most 64 MiB, else None (PyTorch's number).
 
-    Such a step gains nothing from a second core that is free (docs/design/generation.md), and waits at every
+    Such a step gains little from a second core that is free (docs/design/generation.md), and waits at every
     product for one that is not.
     """
     if next(model.parameters()).device.type != "cpu":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from hasten.cache import EncoderDecoderKVCache, KVCache, KVLayer
@@ -69,6 +69,9 @@ def record(
     Raises NotRecordable if the model does what a flat graph cannot repeat; the cache may then be filled in
     some layers.
     """
+    previous = {part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)}
+    if len(previous) > 1:
+        raise NotRecordable(f"its parts attend by {', '.join(sorted(map(str, previous)))}")
     device = next(model.parameters()).device
     ids, position = torch.tensor([[token]], device=device), torch.tensor(cache.length, device=device)
     recorder = Recorder()
@@ -76,13 +79,12 @@ def record(
     recorder.input("position", position)
     nodes = (recorder.input("cache"), recorder.input("encoder_cache"))
     watched = _watch(recorder, position, cache, nodes, max_length)
-    previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
         with recorder:
             logits = forward(ids, watched, ModelMask(Causal()))
     finally:
-        model.set_attn_implementation(previous)
+        model.set_attn_implementation(previous.pop())
     recorder.finish(logits)
     if may_lay_out:
         lay_out(recorder.graph, recorder.root)
