@@ -97,9 +97,8 @@ def prepare(
     q, k, v = (_autocast(tensor, q) for tensor in (q, k, v))
     checks.check_tensors(q, k, v, packed)
     mask = Full() if mask is None else mask
-    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     checks.check_numbers(softmax_scale, softcap, dropout_p)
-    softmax_scale = float(softmax_scale)
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     checks.check_mask(mask, q, k, 0 if packed else q.shape[0], packed)
     slopes = bias.slopes if isinstance(bias, ALiBi) else None
     matrix = None if isinstance(bias, ALiBi) else bias

@@ -71,13 +71,13 @@ def check_packing(
     return True
 
 
-def check_numbers(softmax_scale: float, softcap: float | None, dropout_p: float) -> None:
+def check_numbers(softmax_scale: float | None, softcap: float | None, dropout_p: float) -> None:
     """Raise unless the scalar options are numbers, finite and in range."""
     for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap), ("dropout_p", dropout_p)):
-        is_left_out = value is None and name == "softcap"
+        is_left_out = value is None and name != "dropout_p"
         if not is_left_out and not isinstance(value, int | float) and not hasattr(value, "__float__"):
             raise ArgumentTypeError(name, "a number", repr(value), "see the docstring of attention for its range")
-    if not math.isfinite(softmax_scale):
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
         raise ArgumentError("softmax_scale", "a finite number", softmax_scale, "head_dim ** -0.5 is the default")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ArgumentError("softcap", "a number > 0 or None", softcap, "None means no soft cap")

@@ -67,7 +67,9 @@ def explain(
 ) -> Explanation:
     """What `attention` would do with the same arguments; shapes, dtypes and errors are those of `attention`."""
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    ready = prepare(q, k, v, mask, softmax_scale, softcap, sinks, bias, dropout_p, *sequences)
+    devices = [q.device] if isinstance(q, Tensor) and q.is_cuda else []
+    with torch.random.fork_rng(devices):  # asking draws no seed for dropout
+        ready = prepare(q, k, v, mask, softmax_scale, softcap, sinks, bias, dropout_p, *sequences)
     name, refused = choose.choose(ready.q, ready.k, ready.v, ready.call, implementation)
     sizes, call = cost.Sizes.of(ready.q, ready.k, ready.v), ready.call
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
