@@ -13,7 +13,7 @@ from hasten.masks import Causal, Dense, Documents, Window
 from hasten.models.interface import forward, name_of
 from hasten.models.masking import ModelMask, make_mask
 from hasten.ops.attention import attention
-from hasten.ops.choose import MODULES
+from hasten.ops.choose import NAMES
 from tests.models.tiny import ARCHITECTURES, inputs
 
 CAUSAL = ModelMask(Causal())
@@ -35,7 +35,7 @@ def direct(q, k, v, mask, **options):
 
 
 def test_both_registries_know_every_name():
-    for implementation in (None, *MODULES):
+    for implementation in (None, *NAMES):
         assert name_of(implementation) in AttentionInterface().valid_keys()
         assert AttentionMaskInterface()[name_of(implementation)] is make_mask
 

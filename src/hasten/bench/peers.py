@@ -69,11 +69,9 @@ def find_peers(names: list[str], device: torch.device, implementations: list[str
     does not exist, and for one asked for by name that is not installed.
     """
     ours = implementations or [name for name in our_implementations(device) if name != "reference"]
-    unknown = [name for name in ours if name not in choose.MODULES]
+    unknown = [name for name in ours if name not in choose.NAMES]
     if unknown:
-        raise ArgumentError(
-            "implementation", f"one of {', '.join(choose.MODULES)}", repr(unknown[0]), "or leave it out"
-        )
+        raise ArgumentError("implementation", f"one of {', '.join(choose.NAMES)}", repr(unknown[0]), "or leave it out")
     table = {peer.name: peer for peer in _PEERS}
     chosen: dict[str, Peer] = {}
     for name in names:

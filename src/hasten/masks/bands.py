@@ -18,6 +18,9 @@ class Full(Mask):
     def visible(self, cells: Cells) -> Tensor:
         return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=cells.key.device)
 
+    def __repr__(self) -> str:  # spelled out: torch.compile cannot trace the one that dataclass makes
+        return "Full()"
+
 
 @dataclass(frozen=True, eq=False)
 class Causal(Mask):
@@ -29,6 +32,9 @@ class Causal(Mask):
 
     def visible(self, cells: Cells) -> Tensor:
         return cells.key <= cells.position
+
+    def __repr__(self) -> str:
+        return "Causal()"
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from hasten.errors import ArgumentError, ArgumentTypeError
 from hasten.masks import And, Causal, Dense, Documents, Full, Mask, Window
 from hasten.models.masking import ModelMask, make_mask
 from hasten.ops.attention import attention
-from hasten.ops.choose import MODULES
+from hasten.ops.choose import NAMES
 
 NAME = "hasten"
 
@@ -28,7 +28,7 @@ def register() -> None:
     Also "hasten-reference", "hasten-blockwise" and so on, one for each implementation, which force it. Done when
     `hasten.models` is imported; doing it again changes nothing.
     """
-    for implementation in (None, *MODULES):
+    for implementation in (None, *NAMES):
         AttentionInterface.register(name_of(implementation), partial(forward, implementation=implementation))
         AttentionMaskInterface.register(name_of(implementation), make_mask)
 
@@ -37,8 +37,8 @@ def name_of(implementation: str | None) -> str:
     """The attn_implementation that forces an implementation; None is the free choice, "hasten"."""
     if implementation is None:
         return NAME
-    if implementation not in MODULES:
-        expected = f"one of {', '.join(MODULES)}"
+    if implementation not in NAMES:
+        expected = f"one of {', '.join(NAMES)}"
         raise ArgumentError("implementation", expected, repr(implementation), "or leave it out")
     return f"{NAME}-{implementation}"
 

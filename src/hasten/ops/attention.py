@@ -130,10 +130,6 @@ def prepare(
 def _rewritten(q: Tensor, k: Tensor, v: Tensor, call: Call, implementation: str | None) -> tuple[Tensor, Tensor]:
     """Run the call, as an equal cheaper one where there is one (see rewrite.py)."""
     if implementation != "reference":
-        packed = rewrite.pack_documents(q, k, call)
-        if packed is not None:
-            out, lse = _run(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), packed, implementation)
-            return out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
         step = rewrite.dilation(q, k, call)
         if step > 1:
             return _dilated(q, k, v, call, step, implementation)

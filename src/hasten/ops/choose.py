@@ -6,8 +6,6 @@ variable HASTEN_IMPLEMENTATION forces one: outside its envelope that is an error
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 from typing import Any, Protocol
 
@@ -17,12 +15,8 @@ from hasten import config
 from hasten.errors import ArgumentError, UnsupportedError
 from hasten.ops.call import Call, Gradients
 
-#: name -> module, and for each device type the order in which they are asked.
-MODULES = {
-    "portable": "hasten.ops.portable",
-    "blockwise": "hasten.ops.blockwise",
-    "reference": "hasten.ops.reference",
-}
+#: the implementations, and for each device type the order in which they are asked.
+NAMES = ("portable", "blockwise", "reference")
 ORDER = {"cuda": ("portable", "blockwise", "reference")}
 ORDER_ELSEWHERE = ("blockwise", "reference")
 
@@ -41,8 +35,14 @@ class Implementation(Protocol):
 
 
 def load(name: str) -> Implementation:
-    """The implementation of that name; its module is imported on first use."""
-    module: Any = importlib.import_module(MODULES[name])
+    """The implementation of that name; its module is imported on first use (by statements, which dynamo traces)."""
+    module: Any
+    if name == "portable":
+        from hasten.ops import portable as module
+    elif name == "blockwise":
+        from hasten.ops import blockwise as module
+    else:
+        from hasten.ops import reference as module
     return module
 
 
@@ -53,8 +53,8 @@ def choose(q: Tensor, k: Tensor, v: Tensor, call: Call, forced: str | None) -> t
     """
     forced = forced or config.forced_implementation()
     if forced is not None:
-        if forced not in MODULES:
-            raise ArgumentError("implementation", f"one of {', '.join(MODULES)}", repr(forced), "or leave it out")
+        if forced not in NAMES:
+            raise ArgumentError("implementation", f"one of {', '.join(NAMES)}", repr(forced), "or leave it out")
         reason = _refusal(forced, q, k, v, call)
         if reason:
             raise UnsupportedError(forced, reason, "leave implementation out to have another one chosen")
@@ -70,10 +70,12 @@ def choose(q: Tensor, k: Tensor, v: Tensor, call: Call, forced: str | None) -> t
 
 def no_triton(tensor: Tensor) -> str | None:
     """Why Triton kernels cannot take this tensor, or None; under TRITON_INTERPRET=1 they run on the CPU."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton kernels need a GPU, q is on {tensor.device.type}"
+    try:
+        import triton  # noqa: F401  # here, because `import hasten` must not load it
+    except ImportError:
+        return "triton is not installed"
     return None
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hasten import masks
-from hasten.ops import choose, host
-from hasten.ops.call import Call
+from hasten.ops import choose, host, rewrite
+from hasten.ops.call import Call, Gradients
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call, implementation: str) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def attention(
         host.check_cu_seqlens("cu_seqlens_q", call.cu_seqlens_q, q.shape[0], max_seqlen_q)
         host.check_cu_seqlens("cu_seqlens_k", call.cu_seqlens_k, k.shape[0], max_seqlen_k)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return choose.load(implementation).forward(q, k, v, call)
+        return _forward(choose.load(implementation), q, k, v, call)
 
 
 @attention.register_fake
@@ -109,7 +109,7 @@ def attention_backward(
     options = (mask, max_seqlen_q, max_seqlen_k, softmax_scale, softcap, dropout_p)
     call = _call(sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k, mask_tensors, *options, needs_bias)
     with torch.cuda.device_of(q):
-        grads = choose.load(implementation).backward(dout, dlse, q, k, v, out, lse, call)
+        grads = _backward_of(choose.load(implementation), dout, dlse, q, k, v, out, lse, call)
     extra = [q.new_empty(0) if grad is None else grad for grad in grads[3:]]
     return grads.dq, grads.dk, grads.dv, extra[0], extra[1], extra[2]
 
@@ -133,6 +133,27 @@ def _(
         q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (sinks, bias if needs_bias else None, slopes)
     ]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), extra[0], extra[1], extra[2]
+
+
+def _forward(module: choose.Implementation, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    packed = rewrite.pack_documents(q, k, call)
+    if packed is None:
+        return module.forward(q, k, v, call)
+    out, lse = module.forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), packed)
+    return out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
+
+
+def _backward_of(module: choose.Implementation, dout: Tensor, dlse: Tensor | None, *saved: Any) -> Gradients:
+    q, k, v, out, lse, call = saved
+    packed = rewrite.pack_documents(q, k, call)
+    if packed is None:
+        return module.backward(dout, dlse, *saved)
+    rows = [tensor.flatten(0, 1) for tensor in (dout, q, k, v, out)]
+    statistics = [None if tensor is None else tensor.transpose(0, 1).flatten(1) for tensor in (dlse, lse)]
+    grads = module.backward(rows[0], statistics[0], *rows[1:], statistics[1], packed)
+    sizes = q.shape[:2]
+    dq, dk, dv = (grad.unflatten(0, sizes) for grad in (grads.dq, grads.dk, grads.dv))
+    return grads._replace(dq=dq, dk=dk, dv=dv)
 
 
 def _call(

@@ -1,6 +1,7 @@
 """Masks that are cheaper as another call: documents become packed sequences, dilation becomes strides.
 
-Both say the same attention with no cell wasted. Callers: `attention.py`, before an implementation is chosen.
+Both say the same attention with no cell wasted. Callers: `attention.py` for dilation, which only rearranges;
+`operators.py` for documents, whose bounds have to be read.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def _packed_bounds(cu_seqlens: Tensor, batch: int, seqlen: int, device: torch.de
         return None, 0
     rows = rows * (batch // len(rows))
     bounds = [number * seqlen + start for number, row in enumerate(rows) for start in row[:-1]] + [batch * seqlen]
+    bounds = sorted(set(bounds))  # empty documents, which some callers use as filling, cost programs
     longest = max((after - before for before, after in itertools.pairwise(bounds)), default=0)
     return from_values(tuple(bounds), device), longest
 

@@ -1,6 +1,6 @@
 """What an attention kernel computes in a cell: whether it is visible, its score, whether dropout keeps it.
 
-Scores are in units of log2 so that the softmax is exp2. Rows and keys come as tensors that broadcast to the
+Softmax is exp2 of scores times `score_unit`. Rows and keys come as tensors that broadcast to the
 tile, so that the same helpers serve (rows, keys) tiles and (keys, rows) tiles.
 """
 
@@ -57,16 +57,24 @@ def bias_matrix(bias, number, head, batch_stride, head_stride):
 
 
 @triton.jit
+def score_unit(terms, bias, slope):
+    """What turns the first result of `score` into units of log2."""
+    if (terms[1] is None) & (bias is None) & (slope is None):
+        return terms[0] * LOG2E
+    else:
+        return LOG2E
+
+
+@triton.jit
 def score(raw, rows, keys, terms, bias, slope, place):
-    """(scores that still want the second result as a factor, that factor, tanh(...) of a soft cap).
+    """(scores, tanh(...) of a soft cap): q.k itself in the plain case, where `score_unit` holds the scale.
 
     terms: (scale, softcap, dropout threshold, 1 / (1 - p), four strides of the bias);
-    place: (length_q, end_key, shift, sequence * heads + head). The plain case leaves the
-    multiplication to the caller, who fuses it with the subtraction of the row maximum.
+    place: (length_q, end_key, shift, sequence * heads + head).
     """
     scale, softcap, _threshold, _keep_scale, _batch, _head, bias_row, bias_key = terms
     if (softcap is None) & (bias is None) & (slope is None):
-        return raw, scale * LOG2E, raw
+        return raw, raw
     else:
         value = raw * scale
         capped = value
@@ -78,7 +86,17 @@ def score(raw, rows, keys, terms, bias, slope, place):
             value += tl.load(at, mask=(rows < place[0]) & (keys < place[1]), other=0.0).to(tl.float32)
         if slope is not None:
             value -= slope * tl.abs(rows + place[2] - keys).to(tl.float32)
-        return value * LOG2E, 1.0, capped
+        return value, capped
+
+
+@triton.jit
+def exp_difference(value, reference, unit, bias):
+    """exp of the difference of scores. With a bias the difference comes first: a bias may be the lowest finite
+    number, which no unit can be multiplied to; without one the multiplication fuses with the subtraction."""
+    if bias is None:
+        return tl.exp2(value * unit - reference * unit)
+    else:
+        return tl.exp2((value - reference) * unit)
 
 
 @triton.jit
@@ -91,8 +109,8 @@ def survivors(seed, sequence_head, rows, keys, threshold):
 
 @triton.jit
 def row_statistics(lse_ptr, delta_ptr, rows, length_q):
-    """(lse in log2 with +inf where there is nothing to see, delta) of rows."""
-    lse = tl.load(lse_ptr + rows, mask=rows < length_q, other=float("inf")) * LOG2E
+    """(lse with +inf where there is nothing to see, delta) of rows."""
+    lse = tl.load(lse_ptr + rows, mask=rows < length_q, other=float("inf"))
     return tl.where(lse == -float("inf"), float("inf"), lse), tl.load(delta_ptr + rows, mask=rows < length_q, other=0.0)
 
 
@@ -100,10 +118,13 @@ def row_statistics(lse_ptr, delta_ptr, rows, length_q):
 def score_gradient(raw, dp, keep, rows, keys, lse, delta, terms, bias, slope, seed, place, MASKED: tl.constexpr):
     """(probabilities as they met V, gradient of bias and slope, gradient of q.k * scale) of one tile.
 
-    `lse` in log2, +inf for rows that see nothing. FlashAttention, arXiv 2205.14135, algorithm 4.
+    `lse` is +inf for rows that see nothing. FlashAttention, arXiv 2205.14135, algorithm 4.
     """
-    value, unit, capped = score(raw, rows, keys, terms, bias, slope, place)
-    p = tl.exp2(value * unit - lse)
+    value, capped = score(raw, rows, keys, terms, bias, slope, place)
+    if bias is None:
+        p = tl.exp2(value * score_unit(terms, bias, slope) - lse * LOG2E)
+    else:
+        p = tl.exp2((value - lse) * LOG2E)
     if MASKED:
         p = tl.where(keep, p, 0.0)
     met = p

@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hasten.ops.portable.cells import LOG2E, bias_matrix, keys_seen, score, survivors, visible
+from hasten.ops.portable.cells import (
+    LOG2E,
+    bias_matrix,
+    exp_difference,
+    keys_seen,
+    score,
+    score_unit,
+    survivors,
+    visible,
+)
 from hasten.ops.portable.visits import (
     LENGTHS,
     key_bounds,
@@ -22,18 +31,19 @@ from hasten.ops.portable.visits import (
 def _key_tile(
     state, q, k, v, keep, rows, keys, terms, bias, slope, seed, place, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """(acc, row_max, row_sum) after one more tile of keys: online softmax, acc += P V."""
+    """(acc, row_max, row_sum) after one more tile of keys: online softmax, acc += P V; row_max is of `score`."""
     acc, row_max, row_sum = state
     raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    value, unit, _ = score(raw, rows[:, None], keys[None, :], terms, bias, slope, place)
+    value, _ = score(raw, rows[:, None], keys[None, :], terms, bias, slope, place)
+    unit = score_unit(terms, bias, slope)
     if MASKED:
         value = tl.where(keep, value, -float("inf"))
-    new_max = tl.maximum(row_max, tl.max(value, 1) * unit)
+    new_max = tl.maximum(row_max, tl.max(value, 1))
     safe_max = new_max
     if MASKED or bias is not None:  # a row may have seen nothing yet: -inf - -inf
         safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)
-    p = tl.exp2(value * unit - safe_max[:, None])
-    rescale = tl.exp2(row_max - safe_max)
+    p = exp_difference(value, safe_max[:, None], unit, bias)
+    rescale = exp_difference(row_max, safe_max, unit, bias)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     acc = acc * rescale[:, None]
     if seed is not None:
@@ -76,10 +86,10 @@ def attention_forward(
         v_ptrs = tile_pointers(v_ptr, v_at, head // GROUP_SIZE, columns, dims_v, v_strides)
 
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        row_max = tl.full([BLOCK_M], -float("inf") if sinks is None else 0.0, tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         if sinks is not None:  # a score without a value: the softmax starts from it
-            row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head) * LOG2E
+            row_max += tl.load(sinks + head) * LOG2E / score_unit(terms, bias, slopes)
             row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
         bias_at, slope = bias, slopes
         if bias is not None:
@@ -130,7 +140,10 @@ def attention_forward(
 
         empty = row_sum == 0.0
         out = acc / tl.where(empty, 1.0, row_sum)[:, None]
-        lse = tl.where(empty, -float("inf"), (row_max + tl.log2(tl.where(empty, 1.0, row_sum))) / LOG2E)
+        top = row_max
+        if bias is None:
+            top = row_max * (score_unit(terms, bias, slopes) / LOG2E)
+        lse = tl.where(empty, -float("inf"), top + tl.log2(tl.where(empty, 1.0, row_sum)) / LOG2E)
         out_ptrs = tile_pointers(out_ptr, out_at, head, rows, dims_v, out_strides)
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(rows < length_q)[:, None] & in_dims_v)
         tl.store(lse_ptr + lse_at + head.to(tl.int64) * lse_strides[2] + rows, lse, mask=rows < length_q)
