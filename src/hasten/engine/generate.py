@@ -39,7 +39,8 @@ class Finished:
     ttft_s: seconds until the first token was chosen. tokens_per_s: of the tokens after it; None if there are
     none. Both count the work, not the time the caller took between events. cache_bytes: what was allocated, for
     `cache_capacity` tokens; 0 without a cache. cache_bytes_per_token: what a token takes in a cache.
-    num_positions: tokens that went through the model. path: how the last step was computed. seed: the one used.
+    num_positions: tokens that went through the model. path: how the last step was computed. seed: of the
+    draws, None if there were none.
     """
 
     finish_reason: str
@@ -55,7 +56,7 @@ class Finished:
     cache_bytes_per_token: int
     num_positions: int
     path: str
-    seed: int
+    seed: int | None
     dtype: str
     device: str
 
@@ -160,7 +161,7 @@ class _Request:
             cache_bytes_per_token=runner.cache_bytes_per_token(),
             num_positions=runner.num_positions,
             path=runner.path,
-            seed=self.chooser.seed,
+            seed=self.chooser.seed if self.sampling.temperature > 0 else None,
             dtype=str(runner.dtype).removeprefix("torch."),
             device=str(runner.device),
         )

@@ -15,7 +15,7 @@ from hasten.ops.call import Call, Gradients
 from hasten.ops.portable.bias import attention_dbias
 from hasten.ops.portable.forward import attention_forward
 from hasten.ops.portable.gradients import attention_delta, attention_dkdv, attention_dq
-from hasten.ops.portable.table import LONG, Kind, Limits, Tile, tile
+from hasten.ops.portable.table import Kind, Limits, Tile, tile
 from hasten.ops.tiles import Band, as_band, tile_lists
 
 __all__ = ["Sizes", "TritonError", "backward", "forward", "limits"]
@@ -130,7 +130,7 @@ def limits(device: torch.device) -> Limits | None:
 def _tile(phase: str, q: Tensor, sizes: Sizes, call: Call) -> Tile:
     extras = (call.bias, call.slopes, call.seed)
     rich = call.softcap or any(extra is not None for extra in extras) or as_band(call.mask) is None
-    kind: Kind = "rich" if rich else "long" if call.max_seqlen_k >= LONG else "plain"
+    kind: Kind = "rich" if rich else "plain"
     block_d = max(_padded(sizes.head_dim), _padded(sizes.head_dim_v))
     return tile(phase, q.element_size(), block_d, kind, limits(q.device))
 

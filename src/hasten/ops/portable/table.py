@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["plain", "long", "rich"]
-LONG = 8192  # keys from which a line of kind "long" is taken, where there is one
+Kind = Literal["plain", "rich"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,8 @@ class Tile:
 TABLE: dict[tuple[str, int, int], dict[str, Tile]] = {
     # 275 386 434 381 431 431; (64, 64, 4, 3) 288 397 438 369 422 405; (128, 64, 8, 3) 207 305 345 369 421 430
     ("forward", 2, 64): {"plain": Tile(128, 64, 4, 3), "rich": Tile(64, 64, 4, 2)},
-    # plain 323 432 493 425 500 486, long 278 417 503 403 500 525; (128, 64, 8, 3) 300 430 508 405 489 506
-    ("forward", 2, 128): {
-        "plain": Tile(64, 64, 4, 3),
-        "long": Tile(128, 128, 8, 3),
-        "rich": Tile(64, 32, 4, 3),
-    },
+    # 323 432 493 425 500 486; (128, 128, 8, 3) 278 417 503 403 500 525; (128, 64, 8, 3) 300 430 508 405 489 506
+    ("forward", 2, 128): {"plain": Tile(64, 64, 4, 3), "rich": Tile(64, 32, 4, 3)},
     # 308 434 522 428 505 513; (128, 32, 8, 3) 289 383 468 403 473 481
     ("forward", 2, 256): {"plain": Tile(128, 64, 8, 2), "rich": Tile(64, 32, 8, 2)},
     # 309 397 439 445 482 466; (32, 128, 4, 3) 295 436 491 435 485 483 but 328 bytes of spills
