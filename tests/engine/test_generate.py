@@ -86,6 +86,13 @@ def test_without_a_cache_the_tokens_are_the_same_and_the_work_is_counted():
     assert without.num_positions == sum(range(length, length + 24)) and without.path == "no KV cache"
 
 
+def test_the_seed_of_a_draw_is_told_so_that_it_can_be_given_again():
+    model = build()
+    _, drawn = run(model, temperature=1.5)
+    assert run(model, temperature=1.5, seed=drawn.seed)[1].token_ids == drawn.token_ids
+    assert run(model)[1].seed is None
+
+
 def test_one_token_has_no_speed():
     _, last = run(max_tokens=1)
     assert last.tokens_per_s is None and last.decode_s == 0 and last.path == "prompt only"
