@@ -23,11 +23,11 @@ MIB = 2**20
 
 
 def generate(
+    prompt: Annotated[str, typer.Option(help="The text to continue; - reads it from stdin.")],
     model: Annotated[
         str | None,
         typer.Argument(metavar="MODEL", help="A local Hugging Face checkpoint; the built-in model if none."),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="The text to continue; - reads it from stdin.")] = ...,  # type: ignore[assignment]
     max_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")] = None,
