@@ -43,7 +43,7 @@ def _key_tile(
     if MASKED or bias is not None:  # a row may have seen nothing yet: -inf - -inf
         safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)
     p = exp_difference(value, safe_max[:, None], unit, bias)
-    rescale = exp_difference(row_max, safe_max, unit, bias)
+    rescale = tl.exp2((row_max - safe_max) * unit)  # exactly 1 while the maximum stands, however large it is
     row_sum = row_sum * rescale + tl.sum(p, 1)
     acc = acc * rescale[:, None]
     if seed is not None:

@@ -92,6 +92,7 @@ def attention_dkdv(
         in_keys, in_dims, in_dims_v = keys < length_k, dims[None, :] < HEAD_DIM, dims_v[None, :] < HEAD_DIM_V
         EVEN: tl.constexpr = BLOCK_D == HEAD_DIM
         EVEN_V: tl.constexpr = BLOCK_DV == HEAD_DIM_V
+        APART: tl.constexpr = (GROUP_SIZE > 1) & (k_ptr.dtype.element_ty == tl.float32)
         k = load_inside(tile_pointers(k_ptr, k_at, kv_head, keys, dims, k_strides), in_keys, in_dims, EVEN)
         v = load_inside(tile_pointers(v_ptr, v_at, kv_head, keys, dims_v, v_strides), in_keys, in_dims_v, EVEN_V)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -99,6 +100,11 @@ def attention_dkdv(
         first_key, end_key = key_bounds(key_range, number, length_k)
         shift = length_k - length_q
         for member in range(0, GROUP_SIZE):
+            # one sum over all heads of a large group would lose bits that float32 inputs still have
+            before_dk, before_dv = dk, dv
+            if APART:
+                dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+                dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
             head = kv_head * GROUP_SIZE + member
             q_ptrs = tile_pointers(q_ptr, q_at, head, lines, dims, q_strides)
             dout_ptrs = tile_pointers(dout_ptr, dout_at, head, lines, dims_v, dout_strides)
@@ -141,6 +147,9 @@ def attention_dkdv(
                     dk, dv, k, v, q, dout, keep, rows, keys, statistics,
                     terms, bias_at, slope, seed, place, True, PRECISION
                 )  # fmt: skip
+            if APART:
+                dk += before_dk
+                dv += before_dv
         dk_at, _ = sequence(cu_seqlens_k, number, seqlen_k, dk_strides)
         dv_at, _ = sequence(cu_seqlens_k, number, seqlen_k, dv_strides)
         dk_ptrs = tile_pointers(dk_ptr, dk_at, kv_head, keys, dims, dk_strides)
