@@ -107,10 +107,10 @@ EXTREMES = [
 
 def extreme(kind: str, dtype: torch.dtype, device: str) -> Problem:
     """q.k is an exact integer in every dtype, so that what is tested is the softmax and not the rounding of scores."""
-    seqlen = 192 if kind == "bias-minus-200" else 70
-    problem = make(
-        Case(name=kind, seqlen_q=seqlen, scale=1.0, softcap=50.0 if kind == "softcap" else None), dtype, device
-    )
+    is_low = kind == "bias-minus-200"
+    mask, seqlen = (tables.CAUSAL, 192) if is_low else (None, 70)
+    softcap = 50.0 if kind == "softcap" else None
+    problem = make(Case(name=kind, seqlen_q=seqlen, mask=mask, scale=1.0, softcap=softcap), dtype, device)
     q, k = torch.zeros_like(problem.q), torch.zeros_like(problem.k)
     if not kind.startswith("bias"):
         q[..., 0] = 128.0
@@ -122,7 +122,7 @@ def extreme(kind: str, dtype: torch.dtype, device: str) -> Problem:
         return replace(problem, q=q, k=k)
     smallest = torch.finfo(torch.float16 if dtype == torch.float16 else torch.float32).min
     bias = torch.zeros(seqlen, seqlen, dtype=torch.float32, device=device)
-    if kind == "bias-minus-200":
+    if is_low:
         bias -= 200.0  # lse < -88.7, where exp(-lse) is no float32
     else:
         bias[:, 40:] = smallest  # what transformers adds to hide keys
@@ -145,13 +145,16 @@ def runs_repeat(case: Case, times: int, implementation: str, dtype: torch.dtype,
 
 
 def offsets_are_wide(name: str, dim: int, implementation: str, dtype: torch.dtype, device: str) -> None:
-    """A tensor whose second row, head or batch entry lies 2^31 elements after the first is read and written rightly."""
-    sizes = [1, 3, 1, 16]
-    sizes[dim] = 2
+    """A tensor whose third row, head or batch entry lies 2^31 elements after the first is read rightly.
+
+    The stride itself fits 32 bits, its product with an index does not.
+    """
+    sizes = [1, 5, 1, 16]
+    sizes[dim] = 3
     values = {n: torch.randn(sizes, device=device).to(dtype) for n in ("q", "k", "v", "dout")}
     want = _solve_plain(values, implementation)
-    strides = [16 * 2 * 3, 16 * 2, 16, 1]
-    strides[dim] = 2**31
+    strides = [16 * 5 * 3, 16 * 3, 16, 1]
+    strides[dim] = 2**30
     memory = torch.empty(2**31 + 1024, dtype=dtype, device=device)  # of which the few pages below are touched
     far = memory.as_strided(sizes, strides)
     far.copy_(values[name])

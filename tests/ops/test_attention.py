@@ -14,8 +14,8 @@ from tests.ops import promises, tables
 from tests.ops.cases import Case, call, check, make, poisoned
 
 GRIDS = {name: getattr(tables, name) for name in tables.GRIDS}
-ALL = [case for grid in GRIDS.values() for case in grid]
-CORE = [*tables.EVERYTHING, *tables.PACKED, *tables.LAYOUTS, *tables.EMPTY]
+ALL = [case for grid in GRIDS.values() for case in grid] + tables.PACKED_LISTS
+CORE = [*tables.EVERYTHING, *tables.PACKED, *tables.PACKED_LISTS, *tables.LAYOUTS, *tables.EMPTY]
 cases = pytest.mark.parametrize("case", ALL, ids=str)
 core_cases = pytest.mark.parametrize("case", CORE, ids=str)
 plain = pytest.mark.parametrize("implementation", ["reference", "blockwise"])
