@@ -74,7 +74,10 @@ class Global(Mask):
         return keep
 
     def __repr__(self) -> str:
-        tokens = brief(self.tokens) if isinstance(self.tokens, Tensor) else str(self.tokens)
+        if isinstance(self.tokens, Tensor):
+            tokens = brief(self.tokens)
+        else:
+            tokens = str(self.tokens) if len(self.tokens) <= 8 else f"{len(self.tokens)} tokens"
         return f"Global({tokens}{'' if self.queries else ', queries=False'}{'' if self.keys else ', keys=False'})"
 
 
