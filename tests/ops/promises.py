@@ -49,7 +49,7 @@ def hidden_keys_do_not_leak(
     lengths = torch.tensor([70, 33], dtype=torch.int32, device=device)
     mask = Padding(lengths, side) if band is None else band & Padding(lengths, side)
     case = Case(
-        name="hidden", batch=2, seqlen_q=100, num_heads=4, num_kv_heads=2, mask=lambda *_: mask, upstream="both"
+        name="hidden", batch=2, seqlen_q=100, num_heads=2, num_kv_heads=1, mask=lambda *_: mask, upstream="both"
     )
     clean = make(case, dtype, device)
     where = torch.arange(100, device=device)
@@ -84,6 +84,9 @@ def extremes_stay_finite(kind: str, implementation: str, dtype: torch.dtype, dev
     for name, exact in want.items():
         assert torch.equal(got[name].isfinite(), exact.isfinite()), name
         scale = float(exact[exact.isfinite()].abs().max().clamp(min=1.0)) if exact.isfinite().any() else 1.0
+        # delta = dout . out has the rounding of out, in every FlashAttention: dq gets it times a key, dk times a query
+        factor = {"dq": problem.k, "dk": problem.q}.get(name)
+        scale = scale if factor is None else max(scale, float(factor.abs().max()))
         torch.testing.assert_close(
             got[name].double(),
             exact,

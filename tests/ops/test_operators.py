@@ -78,8 +78,18 @@ def leaf(value: Any) -> Any:
     return value.detach().clone(memory_format=torch.preserve_format).requires_grad_() if is_float else value
 
 
-@WHERE
-@cases
+@pytest.mark.parametrize(
+    ("case", "implementation", "device"),
+    [
+        *(pytest.param(case, "blockwise", "cpu", id=f"{case}-blockwise") for case in CASES),
+        *(pytest.param(case, "portable", "cuda", id=f"{case}-cuda", marks=pytest.mark.gpu) for case in CASES),
+        *(
+            pytest.param(case, "portable", "cpu", id=f"{case}-interpreted", marks=pytest.mark.interpreter)
+            for case in CASES
+            if case.name in ("padding", "packed", "lse")
+        ),
+    ],
+)
 def test_opcheck(case: Case, implementation: str, device: str) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes."""
     pytest.importorskip("expecttest", reason="torch.library.opcheck imports it")
