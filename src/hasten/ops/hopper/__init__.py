@@ -1,0 +1,1 @@
+"""Attention in Gluon for NVIDIA Hopper (sm_90): TMA, wgmma, warp specialization."""

@@ -1,0 +1,79 @@
+"""Every name of Gluon that is private, renamed between Triton versions, or missing: one place to check on an upgrade.
+
+Gluon promises no stability. Read and compiled against Triton 3.6 and 3.7; the other files of this package use only
+names that both have in public. Kernels import from here; nothing here knows attention.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language.core as tl_core
+from triton._C.libtriton import ir
+from triton.experimental.gluon.language import _core
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+#: first version that is served, and first that is not: outside, the package refuses every call
+FIRST_VERSION, END_VERSION = (3, 6), (3, 8)
+
+tma_load = tma.async_copy_global_to_shared
+tma_store = tma.async_copy_shared_to_global
+#: wait until the sources of TMA stores have been read and may be written to again
+tma_store_wait = tma.store_wait
+
+# Ids of named barriers. The compiler numbers its own from 0, one for each partition; 8 to 15 are left to us, unseen by
+# it. A kernel that needs a barrier takes FIRST_BARRIER + a number below NUM_BARRIERS.
+FIRST_BARRIER = tl_core.constexpr(8)
+NUM_BARRIERS = 8
+
+
+def version_refusal() -> str | None:
+    """Why this version of Triton cannot serve, or None."""
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    if FIRST_VERSION <= (major, minor) < END_VERSION:
+        return None
+    first, end = (".".join(map(str, version)) for version in (FIRST_VERSION, END_VERSION))
+    return f"written for triton >= {first}, < {end}, this is {triton.__version__}"
+
+
+def _asm(text: str, operands: list, semantic) -> None:
+    """One instruction with side effects, ordered with all other memory operations; it gives nothing back.
+
+    The compiler wants a result and an operand, whence a zero.
+    """
+    constraints = ",".join(["=r", *("r" for _ in operands), "~{memory}"])
+    tl_core.inline_asm_elementwise(
+        f"{{ {text}\n mov.b32 $0, 0; }}",
+        constraints,
+        operands,
+        dtype=tl_core.int32,
+        is_pure=False,
+        pack=1,
+        _semantic=semantic,
+    )
+
+
+@_core.builtin
+def barrier_sync(number, threads, _semantic=None):
+    """Wait at named barrier `number` until `threads` threads (constexpr) have come, those that only arrive included."""
+    threads = _core._unwrap_if_constexpr(threads)
+    _asm(f"bar.sync $1, {threads};", [_semantic.to_tensor(number)], _semantic)
+
+
+@_core.builtin
+def barrier_arrive(number, threads, _semantic=None):
+    """Come to named barrier `number` of `threads` threads without waiting; no barrier of the partition is added."""
+    threads = _core._unwrap_if_constexpr(threads)
+    _asm(f"bar.arrive $1, {threads};", [_semantic.to_tensor(number)], _semantic)
+
+
+@_core.builtin
+def tma_store_wait_complete(_semantic=None):
+    """Wait until all TMA stores and reductions of this thread are written to global memory, not only read."""
+    _asm("cp.async.bulk.wait_group 0;", [_semantic.to_tensor(0)], _semantic)
+
+
+@_core.builtin
+def tma_reduce_add(descriptor, coord, source, _semantic=None):
+    """Add shared memory `source` to global memory, as `tma_store` stores it; committed as one group."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coord, source.handle)
