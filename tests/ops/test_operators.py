@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hasten
 from hasten.masks import Causal, Full, Global, Mask, Padding, Window
+from hasten.ops import choose
+from hasten.ops.call import Call, Gradients
 from tests.ops import tables
 from tests.ops.cases import Case, Problem, call, make, solve
 
@@ -403,3 +405,41 @@ def test_the_device_of_the_tensors_counts() -> None:
     assert out.device == q.device
     want = hasten.attention(q.double(), k.double(), v.double(), Causal(), implementation="reference")
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-4)
+
+
+class Told:
+    """An implementation that answers with noughts and remembers what the call said of determinism."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, bool]] = []
+
+    def refuses(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        self.told.append(("forward", call.deterministic))
+        return q.new_zeros((*q.shape[:-1], v.shape[-1])), q.new_zeros((q.shape[0], q.shape[2], q.shape[1]))
+
+    def backward(self, dout: Tensor, dlse: Tensor | None, *saved: Any) -> Gradients:
+        self.told.append(("backward", saved[-1].deterministic))
+        return Gradients(*(torch.zeros_like(tensor) for tensor in saved[:3]))
+
+
+@pytest.mark.parametrize("way", ["left out", "argument", "global", "compiled"])
+def test_an_implementation_is_told_whether_to_be_deterministic(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told()
+    monkeypatch.setattr(choose, "load", lambda name: told)
+    leaves = [torch.randn(1, 5, 2, 8, requires_grad=True) for _ in range(3)]
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return hasten.attention(q, k, v, deterministic=way in ("argument", "compiled"), implementation="blockwise")
+
+    torch._dynamo.reset()
+    function = torch.compile(block, backend="aot_eager", fullgraph=True) if way == "compiled" else block
+    torch.use_deterministic_algorithms(way == "global")
+    try:
+        out = function(*leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    out.sum().backward()
+    assert told.told == [("forward", way != "left out"), ("backward", way != "left out")]

@@ -61,8 +61,8 @@ def attention(
     bias: added to the scores; a tensor broadcastable to (batch, num_heads, seqlen_q, seqlen_k), in which
     -inf hides a cell, or ALiBi(slopes). dropout_p: of probabilities, drawn from PyTorch's generator.
     max_seqlen_q/k: of packed sequences; read from cu_seqlens if left out (once a tensor).
-    deterministic: every implementation of today gives the same gradients on every run, so this changes
-    nothing yet; it will keep out those that do not. implementation: forces one or raises UnsupportedError.
+    deterministic: the same gradients, bit for bit, on every run; also asked for by
+    torch.use_deterministic_algorithms. implementation: forces one or raises UnsupportedError.
 
     Returns out (batch, seqlen_q, num_heads, head_dim_v), contiguous, of q's dtype; with return_lse also the
     natural log-sum-exp of the scores, float32 (float64 for float64), (batch, num_heads, seqlen_q), or
@@ -71,8 +71,7 @@ def attention(
     Raises ArgumentError or ArgumentTypeError that names the argument.
     """
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    ready = prepare(q, k, v, mask, softmax_scale, softcap, sinks, bias, dropout_p, *sequences)
-    del deterministic
+    ready = prepare(q, k, v, mask, softmax_scale, softcap, sinks, bias, dropout_p, *sequences, deterministic)
     out, lse = _rewritten(ready.q, ready.k, ready.v, ready.call, implementation)
     return (out, lse) if return_lse else out
 
@@ -91,6 +90,7 @@ def prepare(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
+    deterministic: bool = False,
 ) -> Prepared:
     """Check everything and fill in defaults. Arguments, shapes and errors are those of `attention`."""
     packed = checks.check_packing(q, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
@@ -119,6 +119,7 @@ def prepare(
         seed=torch.randint(2**62, (1,), device=q.device) if dropout_p > 0.0 else None,
         cu_seqlens_q=None if cu_seqlens_q is None else cu_seqlens_q.to(torch.int32),
         cu_seqlens_k=None if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32),
+        deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
     )
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         host.check_cu_seqlens("cu_seqlens_q", call.cu_seqlens_q, q.shape[0], call.max_seqlen_q)

@@ -30,7 +30,8 @@ class Call:
     slopes: (batch or 1, num_heads) float32 (ALiBi, arXiv 2108.12409). seed: int64 (1,), set iff dropout_p > 0.
     cu_seqlens: int32 (batch + 1,) on the device of q, both set or neither. max_seqlen: the longest
     sequence if packed, else the sequence length. softcap 0 means none; softmax_scale > 0.
-    needs_bias: whether a backward has to return dbias (it costs a pass of its own).
+    needs_bias: whether a backward has to return dbias (it costs a pass of its own). deterministic: whether
+    backward has to give the same bits on every run; an implementation that always does need not look.
     """
 
     mask: Mask
@@ -46,6 +47,7 @@ class Call:
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     needs_bias: bool = True
+    deterministic: bool = False
 
     @property
     def is_packed(self) -> bool:

@@ -37,6 +37,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: Call, implementation: str) -> tup
         call.softmax_scale,
         call.softcap,
         call.dropout_p,
+        call.deterministic,
         implementation,
     )
     return out, lse
@@ -60,10 +61,11 @@ def attention(
     softmax_scale: float,
     softcap: float,
     dropout_p: float,
+    deterministic: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of one call; see `attention.attention` for shapes."""
-    options = (mask, max_seqlen_q, max_seqlen_k, softmax_scale, softcap, dropout_p)
+    options = (mask, max_seqlen_q, max_seqlen_k, softmax_scale, softcap, dropout_p, deterministic)
     call = _call(sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k, mask_tensors, *options)
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         host.check_cu_seqlens("cu_seqlens_q", call.cu_seqlens_q, q.shape[0], max_seqlen_q)
@@ -102,11 +104,12 @@ def attention_backward(
     softmax_scale: float,
     softcap: float,
     dropout_p: float,
+    deterministic: bool,
     implementation: str,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sinks, bias, slopes; an empty tensor for what the call does not have."""
-    options = (mask, max_seqlen_q, max_seqlen_k, softmax_scale, softcap, dropout_p)
+    options = (mask, max_seqlen_q, max_seqlen_k, softmax_scale, softcap, dropout_p, deterministic)
     call = _call(sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k, mask_tensors, *options, needs_bias)
     with torch.cuda.device_of(q):
         grads = _backward_of(choose.load(implementation), dout, dlse, q, k, v, out, lse, call)
@@ -170,6 +173,7 @@ def _call(
     softmax_scale: float,
     softcap: float,
     dropout_p: float,
+    deterministic: bool,
     needs_bias: bool = True,
 ) -> Call:
     return Call(
@@ -186,6 +190,7 @@ def _call(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         needs_bias=needs_bias,
+        deterministic=deterministic,
     )
 
 
