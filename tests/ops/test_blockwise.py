@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hasten
 from hasten.masks import BlockSparse, Causal, Dense, Documents, Full, Global, Mask, Padding, Window
 from hasten.ops import blockwise, reference
 from hasten.ops.call import Call
@@ -384,3 +385,12 @@ def test_a_window_costs_time_linear_in_length() -> None:
         return min(times)
 
     assert seconds(8192) < 8 * seconds(2048), "16 times if it were quadratic"
+
+
+def test_a_row_of_the_lowest_bias_is_the_mean_of_all_values() -> None:
+    """A row of padding in transformers: its lse is the bias itself, so weights cannot be had from lse."""
+    q, k, v = (torch.randn(1, 9, 2, 16) for _ in range(3))
+    bias = torch.zeros(9, 9)
+    bias[4] = torch.finfo(torch.float32).min
+    out = hasten.attention(q, k, v, bias=bias, softcap=30.0, implementation="blockwise")
+    torch.testing.assert_close(out[:, 4], v.mean(1))

@@ -343,7 +343,8 @@ def test_a_cuda_graph_replays_forward_and_backward(name: str) -> None:
 
     def step() -> None:
         out = hasten.attention(*leaves, MASKS[name])
-        held["all"] = (out, *torch.autograd.grad(out, leaves, torch.ones_like(out)))
+        # detached: a graph that lives on would tie the leaves to the stream of the first run
+        held["all"] = (out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)))
 
     graph = captured(step)
     with torch.no_grad():

@@ -28,7 +28,8 @@ def forward(problem: Problem, work: Iterable[Piece]) -> tuple[Tensor, Tensor]:
     for piece in _small(problem, work):
         scores = _Scores.of(problem, piece).scores
         own_lse = scores.logsumexp(-1)
-        probs = _probs(scores, own_lse)
+        # not exp(scores - lse): next to the lowest finite number the logarithm of the sum is lost in lse
+        probs = scores.softmax(-1).masked_fill_((own_lse == -torch.inf)[..., None], 0.0)
         if problem.call.seed is not None:
             probs = probs * _kept(problem, piece)
         values = problem.keys(v, piece)
