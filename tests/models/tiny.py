@@ -192,7 +192,7 @@ def logits_and_gradients(
     model.zero_grad()
     logits = model(**given, **options).logits
     logits = torch.where(real, logits, 0.0)
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)).to(logits.dtype)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)).to(logits)
     (logits * weights).mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return logits.detach(), gradients
