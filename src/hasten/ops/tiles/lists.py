@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,11 @@ class TileLists:
     col_index: Tensor
     col_bits: Tensor
     bits: Tensor
+
+    @cached_property
+    def keys_seen(self) -> Tensor:
+        """int32 (maps, block_n // 32): bit n % 32 of word [., n // 32] is whether any row sees key n of the tile."""
+        return _any_row(self.bits)
 
     @property
     def density(self) -> float:
@@ -95,6 +101,15 @@ def build_tile_lists(
     rows = _layout(full, partial, tile, numbers, by_column=False)
     cols = _layout(full, partial, tile, numbers, by_column=True)
     return TileLists(*shape, block_m, block_n, *rows, *cols, bits)
+
+
+def _any_row(bits: Tensor) -> Tensor:
+    """The `or` of the rows of bit maps (maps, rows, words), by halves."""
+    while bits.shape[1] > 1:
+        half = bits.shape[1] // 2
+        rest = bits[:, 2 * half :]
+        bits = torch.cat([bits[:, :half] | bits[:, half : 2 * half], rest], dim=1)
+    return bits[:, 0].contiguous()
 
 
 def _no_bits(grid: Grid) -> Tensor:
