@@ -1,0 +1,212 @@
+"""K and V in pages: the tensors of the pools, and the `transformers.Cache` under whose name models see them.
+
+Which page belongs to whom is the ledger's business (ledger.py); which of them a forward reads and writes is in its
+`Tables`. Called by the engine's runner; knows no request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from hasten.cache.ledger import Ledger
+from hasten.cache.pages import Copy
+from hasten.cache.static import KVCache
+from hasten.errors import ArgumentError
+from hasten.ops.kv import PAGE_SIZES, PagedKV
+
+# how many keys masks are made for: a sequence in pages has no length that is known when the mask is made
+ENDLESS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What layers that share their page tables have in common.
+
+    window: how many tokens before its own a token sees, None for all. Shapes are those of K and V of one token.
+    """
+
+    window: int | None
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Where the sequences of one forward lie in the pages of one kind of layer.
+
+    block_table: int32 (batch, max_pages). pages, offsets: int64 (total,), the page of each new token and its place
+    in it.
+    """
+
+    block_table: Tensor
+    pages: Tensor
+    offsets: Tensor
+
+
+class PagedLayer(CacheLayerMixin):
+    """K and V of one layer: key_pages and value_pages (1 + num_pages, page_size, num_kv_heads, head_dim).
+
+    `update` gives the new states back as they are: the attention function writes them, for it knows the tables.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, kind: int, key_pages: Tensor, value_pages: Tensor) -> None:
+        super().__init__()
+        self.kind, self.key_pages, self.value_pages = kind, key_pages, value_pages
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The states of the new tokens, unchanged."""
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """0: sequences have lengths of their own, and positions are given to the model."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """-1: no length of its own."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As many keys as there could be, from the first."""
+        return ENDLESS, 0
+
+    def write(self, tables: Tables, key_states: Tensor, value_states: Tensor) -> None:
+        """Put K and V (total, num_kv_heads, head_dim) of the new tokens into their pages."""
+        self.key_pages[tables.pages, tables.offsets] = key_states
+        self.value_pages[tables.pages, tables.offsets] = value_states
+
+    def view(self, tables: Tables, cache_seqlens: Tensor) -> PagedKV:
+        """What attention reads."""
+        return PagedKV(self.key_pages, self.value_pages, tables.block_table, cache_seqlens)
+
+
+class PagedCache(Cache):
+    """Pools of pages for every layer of a model. Given to its forward as `past_key_values`.
+
+    layers: the kind of each layer. num_pages: for each of `kinds`, beside the null page. Raises ArgumentError that
+    says what would fit if the memory is not there.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Kind],
+        num_pages: Sequence[int],
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if page_size not in PAGE_SIZES:
+            raise ArgumentError("page_size", f"one of {PAGE_SIZES}", page_size, "32 is a good one")
+        self.kinds = kinds_of(layers)
+        self.page_size, self.dtype, self.num_pages = page_size, dtype, tuple(num_pages)
+        self.keys: list[Tensor] = []  # for each kind (1 + num_pages, layers, page_size, num_kv_heads, head_dim)
+        self.values: list[Tensor] = []
+        for kind, count in zip(self.kinds, num_pages, strict=True):
+            sizes = (1 + count, list(layers).count(kind), page_size, kind.num_kv_heads)
+            self.keys.append(self._allocate((*sizes, kind.head_dim), device))
+            self.values.append(self._allocate((*sizes, kind.head_dim_v), device))
+        views: list[CacheLayerMixin] = []
+        seen = [0] * len(self.kinds)
+        for layer in layers:
+            number = self.kinds.index(layer)
+            place = seen[number]
+            views.append(PagedLayer(number, self.keys[number][:, place], self.values[number][:, place]))
+            seen[number] += 1
+        super().__init__(layers=views)
+
+    def ledger(self) -> Ledger:
+        """An accountant for these pools, all pages free."""
+        return Ledger([kind.window for kind in self.kinds], self.num_pages, self.page_size)
+
+    def copy(self, copies: Sequence[Sequence[Copy]]) -> None:
+        """Copy pages, by kind, in every layer: all are read before one is written."""
+        for keys, values, wanted in zip(self.keys, self.values, copies, strict=True):
+            if wanted:
+                sources, targets = torch.tensor(wanted, device=keys.device).unbind(1)
+                keys[targets] = keys[sources]
+                values[targets] = values[sources]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pools."""
+        return sum(pool.nbytes for pool in (*self.keys, *self.values))
+
+    def _allocate(self, sizes: tuple[int, ...], device: torch.device | str) -> Tensor:
+        try:
+            # zeros, not empty: what was never written holds no NaN, and costs nothing on a CPU until it is
+            return torch.zeros(sizes, dtype=self.dtype, device=device)
+        except RuntimeError as error:  # torch's out-of-memory errors, of a CPU and of a GPU
+            if "memory" not in str(error):
+                raise
+            numel = 1
+            for size in sizes:
+                numel *= size
+            got = f"{sizes[0] - 1} pages, whose K or V alone takes {numel * self.dtype.itemsize / 2**30:,.1f} GiB"
+            hint = f"{free_bytes(device) / 2**30:,.1f} GiB are free: give fewer pages or memory_bytes"
+            raise ArgumentError("num_pages", "pages that fit in memory", got, hint) from error
+
+
+def kinds_of(layers: Sequence[Kind]) -> tuple[Kind, ...]:
+    """The different kinds, in the order of their first layers."""
+    return tuple(dict.fromkeys(layers))
+
+
+def page_bytes(layers: Sequence[Kind], kind: Kind, page_size: int, dtype: torch.dtype) -> int:
+    """What one page of a kind takes, over all its layers."""
+    per_token = kind.num_kv_heads * (kind.head_dim + kind.head_dim_v)
+    return list(layers).count(kind) * page_size * per_token * dtype.itemsize
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """Memory that a cache could take on a device; of a CPU, all of the machine's that is free."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo", encoding="ascii") as file:
+        facts = dict(line.split(":", 1) for line in file)
+    return int(facts["MemAvailable"].split()[0]) * 1024
+
+
+@torch.inference_mode()
+def layers_of(model: Any) -> list[Kind]:
+    """The kind of every layer of a decoder, found in its configuration and by giving it one token.
+
+    Raises ArgumentError for a model that keeps something else than K and V of past tokens.
+    """
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    if getattr(model.config, "is_encoder_decoder", False):
+        hint = "use hasten.engine.generate, one request at a time"
+        raise ArgumentError("model", "a decoder-only model", f"{name}, an encoder-decoder", hint)
+    hint = "use transformers' own generate"
+    planned = DynamicCache(config=config).layers
+    strange = {type(one).__name__ for one in planned} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    if strange or "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        got = f"{name} with {', '.join(sorted(strange)) or 'chunked attention'}"
+        raise ArgumentError("model", "layers that keep K and V, of all tokens or of a window", got, hint)
+    probe = KVCache(1)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=probe, use_cache=True)
+    if not probe.layers or probe.length != 1:
+        raise ArgumentError("model", "a model that uses the cache it is given", name, hint)
+    found = []
+    for index, layer in enumerate(probe.layers):
+        window = getattr(planned[index], "sliding_window", None) if index < len(planned) else None
+        _, num_kv_heads, _, head_dim = layer.key_buffer.shape
+        kind = Kind(None if window is None else window - 1, num_kv_heads, head_dim, layer.value_buffer.shape[3])
+        found.append(kind)
+    return found
+
+
+__all__ = ["Kind", "PagedCache", "PagedLayer", "Tables", "free_bytes", "kinds_of", "layers_of", "page_bytes"]

@@ -1,0 +1,123 @@
+"""The attention and mask functions of transformers for packed sequences whose K and V lie in pages.
+
+A forward of the runner (batch_runner.py) gives its `Pages` to the model as a keyword; layers hand it on to `forward`
+here, which writes the new K and V and attends. Without it, both functions are those of "hasten", so a model that
+an engine serves still does everything else. Knows no request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+from hasten.cache.paged import ENDLESS, PagedCache, Tables
+from hasten.errors import ArgumentError
+from hasten.masks import Mask, Window
+from hasten.models import interface, masking, patterns
+from hasten.models.masking import ModelMask
+from hasten.ops.attention import attention
+from hasten.ops.kv import PagedKV
+
+NAME = "hasten-pages"
+KEYWORD = "hasten_pages"
+
+
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """Where the sequences of one forward lie.
+
+    tables: one for each kind of layer of the cache. cache_seqlens: int32 (batch,), the tokens of this forward with
+    them. cu_seqlens_q: int32 (batch + 1,), where each sequence begins among the packed tokens. lengths: on the host,
+    (new tokens, all tokens) of each sequence.
+    """
+
+    cache: PagedCache
+    tables: tuple[Tables, ...]
+    cache_seqlens: Tensor
+    cu_seqlens_q: Tensor
+    lengths: tuple[tuple[int, int], ...]
+    max_seqlen_q: int
+
+
+def forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Write K and V of packed tokens into their pages and attend, causally, each sequence to its own.
+
+    query (1, num_heads, total, head_dim), key and value (1, num_kv_heads, total, head_dim). Returns
+    (out (1, total, num_heads, head_dim), None).
+    """
+    pages: Pages | None = others.pop(KEYWORD, None)
+    if pages is None:
+        others |= {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
+        return interface.forward(module, query, key, value, attention_mask, dropout, scaling, **others)
+    if position_bias is not None or not isinstance(attention_mask, ModelMask):
+        got = f"{type(module).__name__} with {'a bias' if position_bias is not None else 'a mask of its own'}"
+        raise ArgumentError("model", "attention over a causal band", got, "use hasten.engine.generate for this model")
+    layer = pages.cache.layers[module.layer_idx]
+    mask, tables = attention_mask.mask, pages.tables[layer.kind]
+    _check_window(mask, pages.cache.kinds[layer.kind].window, module)
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    layer.write(tables, k, v)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    out = _attend(q, layer.view(tables, pages.cache_seqlens), mask, scale, softcap, s_aux, pages)
+    return out[None], None
+
+
+def make_mask(
+    *sizes: Any, kv_length: int, mask_function: masking.MaskFunction = causal_mask_function, **options: Any
+) -> ModelMask | Tensor:
+    """The band that the mask function says, whatever the lengths; for other caches, the mask of "hasten"."""
+    if kv_length != ENDLESS:
+        return masking.make_mask(*sizes, kv_length=kv_length, mask_function=mask_function, **options)
+    pattern = patterns.read(mask_function)
+    if pattern is None or pattern.starts is not None or pattern.right != 0:
+        hint = "use hasten.engine.generate for this model"
+        raise ArgumentError("model", "masks that are causal bands", "a mask function of its own", hint)
+    return ModelMask(pattern.band(ENDLESS))
+
+
+def _check_window(mask: Mask, window: int | None, module: nn.Module) -> None:
+    """The mask must not reach what the cache gives back."""
+    left = mask.left if isinstance(mask, Window) else None
+    if window is not None and (left is None or left > window):
+        expected = f"layer {module.layer_idx} to see {window} tokens before its own, as its configuration says"
+        raise ArgumentError("model", expected, repr(mask), "use hasten.engine.generate for this model")
+
+
+def _attend(
+    q: Tensor, view: PagedKV, mask: Mask, scale: float, softcap: float | None, sinks: Tensor | None, pages: Pages
+) -> Tensor:
+    """Attention of packed q (total, num_heads, head_dim); returns the same shape."""
+    outs, first = [], 0
+    for row, (count, length) in enumerate(pages.lengths):
+        table = view.block_table[row, : -(-length // view.page_size)].long()
+        k, v = (rows[table].flatten(0, 1)[:length] for rows in (view.keys, view.values))
+        own = q[first : first + count]
+        options: dict[str, Any] = {"softmax_scale": scale, "softcap": softcap, "sinks": sinks}
+        out = attention(own[None], k[None], v[None], mask, **options)
+        assert isinstance(out, Tensor)
+        outs.append(out[0])
+        first += count
+    return torch.cat(outs)
+
+
+AttentionInterface.register(NAME, forward)
+AttentionMaskInterface.register(NAME, make_mask)
+
+__all__ = ["KEYWORD", "NAME", "Pages", "forward", "make_mask"]

@@ -1,0 +1,83 @@
+"""From chunks of sequences to the packed tensors of one forward. Called by the engine; runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.cache.ledger import Holding
+from hasten.cache.paged import PagedCache, Tables
+from hasten.cache.pages import Copy
+from hasten.engine.attend_pages import Pages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one sequence gives to a forward: tokens `ids` at positions `start` and on.
+
+    holding: has room for them. rows: those of its tokens, counted from the first of `ids`, whose logits are wanted.
+    copies: pages to copy first, by kind.
+    """
+
+    ids: Sequence[int]
+    start: int
+    holding: Holding
+    rows: Sequence[int]
+    copies: tuple[Sequence[Copy], ...] = ()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch:
+    """One forward: `ids` and `positions` (1, total), where K and V lie, and which rows give logits, int64 (rows,)."""
+
+    ids: Tensor
+    positions: Tensor
+    pages: Pages
+    rows: Tensor
+    copies: tuple[tuple[Copy, ...], ...]
+
+
+def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device) -> Batch:
+    """The tensors of one forward over these pieces, in their order; logits come in the order of pieces and rows."""
+    ids = [token for piece in pieces for token in piece.ids]
+    positions = [position for piece in pieces for position in range(piece.start, piece.start + len(piece.ids))]
+    ends = [0]
+    for piece in pieces:
+        ends.append(ends[-1] + len(piece.ids))
+    rows = [first + row for first, piece in zip(ends, pieces, strict=False) for row in piece.rows]
+    lengths = tuple((len(piece.ids), piece.start + len(piece.ids)) for piece in pieces)
+    kinds = range(len(cache.kinds))
+    return Batch(
+        ids=torch.tensor([ids], device=device),
+        positions=torch.tensor([positions], device=device),
+        pages=Pages(
+            cache=cache,
+            tables=tuple(_tables(pieces, kind, cache.page_size, device) for kind in kinds),
+            cache_seqlens=torch.tensor([length for _, length in lengths], dtype=torch.int32, device=device),
+            cu_seqlens_q=torch.tensor(ends, dtype=torch.int32, device=device),
+            lengths=lengths,
+            max_seqlen_q=max(count for count, _ in lengths),
+        ),
+        rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        copies=tuple(tuple(copy for piece in pieces if piece.copies for copy in piece.copies[kind]) for kind in kinds),
+    )
+
+
+def _tables(pieces: Sequence[Piece], kind: int, page_size: int, device: torch.device) -> Tables:
+    """Page tables as long as the longest sequence, and the place of every new token."""
+    rows = [piece.holding.tables[kind].pages for piece in pieces]
+    longest = max(map(len, rows))
+    places = [
+        (pages[position // page_size], position % page_size)
+        for piece, pages in zip(pieces, rows, strict=True)
+        for position in range(piece.start, piece.start + len(piece.ids))
+    ]
+    pages, offsets = torch.tensor(places, dtype=torch.int64, device=device).t().contiguous().unbind(0)
+    padded = [pages + [0] * (longest - len(pages)) for pages in rows]
+    return Tables(torch.tensor(padded, dtype=torch.int32, device=device), pages, offsets)
+
+
+__all__ = ["Batch", "Piece", "pack"]

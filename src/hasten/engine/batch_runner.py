@@ -1,0 +1,73 @@
+"""Runs a transformers model over a packed batch: logits of the rows that are wanted, K and V into their pages.
+
+The page tables travel as a keyword of the model's own forward (attend_pages.py). Called by the engine; knows no
+request and no sampling.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.cache.paged import PagedCache
+from hasten.engine.attend_pages import KEYWORD, NAME
+from hasten.engine.batch import Batch, Piece, pack
+from hasten.engine.runner import FEW_TOKENS
+from hasten.models import accelerate
+
+
+class BatchRunner:
+    """A model that reads and writes a paged cache.
+
+    Sets the model's attention implementation, through `hasten.accelerate` and its checks; `close` puts back what it
+    was. step_threads: CPU threads of PyTorch for forwards of at most 64 tokens, None leaves its number as it is.
+    """
+
+    def __init__(self, model: Any, cache: PagedCache, *, step_threads: int | None = None) -> None:
+        self._before = model.config._attn_implementation
+        self.model, self.cache, self.step_threads = accelerate(model), cache, step_threads
+        self.model.set_attn_implementation(NAME)
+        self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def close(self) -> None:
+        """Give the model its own attention back."""
+        self.model.set_attn_implementation(self._before)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        """Logits (rows, vocab), in the order of the pieces and their rows. Does not wait for the device."""
+        threads = torch.get_num_threads()
+        is_small = sum(len(piece.ids) for piece in pieces) <= FEW_TOKENS
+        if self.step_threads is not None and is_small:
+            torch.set_num_threads(self.step_threads)
+        try:
+            with torch.inference_mode():
+                return self._forward(pack(pieces, self.cache, self.device))
+        finally:
+            torch.set_num_threads(threads)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        self.cache.copy(batch.copies)
+        options: dict[str, Any] = {KEYWORD: batch.pages}
+        if self._takes_rows:
+            options["logits_to_keep"] = batch.rows
+        logits: Tensor = self.model(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            **options,
+        ).logits[0]
+        return logits if self._takes_rows else logits[batch.rows]
+
+
+__all__ = ["BatchRunner"]
