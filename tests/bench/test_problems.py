@@ -1,24 +1,71 @@
-"""Patterns in every peer's words, grids, and the small parsers of the command line."""
+"""Patterns in every peer's words, what is drawn from them, and counts of cells."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 
-from hasten.bench.problems import Grid, Pattern, Problem, parse_dtype, parse_sizes
+from hasten.bench.problems import Pattern, Problem, block_layout, document_bounds, parse_dtype
+from hasten.bench.suites import Grid
 from hasten.errors import ArgumentError
 from hasten.masks import Causal, Full, Global, Window
 
 PATTERNS = ["causal", "full", "window:3,0", "window:2,5", "longformer:3,2"]
+DRAWN = ["blocks:1", "blocks:25", "blocks:100", "documents:40", "packed:40"]
 
 
-@pytest.mark.parametrize("text", PATTERNS)
+@pytest.mark.parametrize("text", [*PATTERNS, *DRAWN])
 def test_a_pattern_says_the_same_to_us_and_to_flex(text):
     pattern = Pattern.parse(text)
     assert str(pattern) == text
-    query, key = torch.arange(17)[:, None], torch.arange(17)
-    said = pattern.mask_mod()(0, 0, query, key).expand(17, 17)
-    assert torch.equal(said, pattern.mask().keep(17)[0, 0])
+    size = 500 if pattern.is_drawn else 17
+    query, key = torch.arange(size)[:, None], torch.arange(size)
+    said = pattern.mask_mod(size)(0, 0, query, key).expand(size, size)
+    assert torch.equal(said, pattern.mask(size).keep(size)[0, 0])
+
+
+@pytest.mark.parametrize("seqlen", [1, 130, 511])
+@pytest.mark.parametrize("text", [*PATTERNS, "longformer:3,900", "window:600,0", *DRAWN])
+def test_cells_are_counted_exactly(text, seqlen):
+    pattern = Pattern.parse(text)
+    sizes = {"batch": 1, "seqlen": seqlen, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    problem = Problem(**sizes, pattern=pattern, dtype=torch.bfloat16)
+    keep = (torch.arange(seqlen) < pattern.num_global)[:, None] | (torch.arange(seqlen) < pattern.num_global)
+    if pattern.num_global <= seqlen:
+        keep = problem.mask(torch.device("cpu")).keep(seqlen)[0, 0]
+    assert problem.pairs == 2 * int(keep.sum())
+    assert problem.flops("forward") == 2 * problem.pairs * 2 * 16
+
+
+@pytest.mark.parametrize("percent, kept", [(1, 1), (5, 6), (10, 13), (25, 32), (100, 128)])
+def test_every_row_of_blocks_keeps_the_same_share_and_its_own(percent, kept):
+    layout = block_layout(percent, 16384)
+    assert layout.shape == (128, 128)
+    assert set(layout.sum(1).tolist()) == {kept}
+    assert bool(layout.diagonal().all())
+    assert torch.equal(layout, block_layout(percent, 16384))
+
+
+def test_documents_fill_the_row_and_are_of_that_length_in_the_mean():
+    bounds = document_bounds(1024, 1 << 22)
+    assert bounds[0] == 0
+    assert bounds[-1] == 1 << 22
+    assert all(after > before for before, after in itertools.pairwise(bounds))
+    assert (1 << 22) / (len(bounds) - 1) == pytest.approx(1024, rel=0.1)
+    assert document_bounds(1024, 100) == (0, 100)
+
+
+def test_documents_are_one_row_and_what_is_drawn_needs_its_length():
+    sizes = {"batch": 2, "seqlen": 64, "num_heads": 1, "num_kv_heads": 1, "head_dim": 16, "dtype": torch.float32}
+    with pytest.raises(ArgumentError, match="batch: expected 1, got 2"):
+        Problem(**sizes, pattern=Pattern.parse("packed:9"))
+    with pytest.raises(ArgumentError, match="mask: expected one that needs no length, got blocks:9"):
+        Pattern.parse("blocks:9").mask()
+    bounds, longest = Problem(**{**sizes, "batch": 1}, pattern=Pattern.parse("packed:9")).cu_seqlens("cpu")
+    assert bounds.dtype == torch.int32
+    assert int(bounds.diff().max()) == longest
 
 
 def test_patterns_are_the_masks_of_their_names():
@@ -30,32 +77,13 @@ def test_patterns_are_the_masks_of_their_names():
 
 
 BAD_PATTERNS = ["", "casual", "causal:1", "window", "window:1", "window:1,2,3", "window:-1,0", "longformer:a,b"]
+BAD_PATTERNS += ["blocks:0", "blocks:101", "blocks", "packed:0", "documents:1,2"]
 
 
 @pytest.mark.parametrize("text", BAD_PATTERNS)
 def test_other_masks_are_refused_by_name(text):
     with pytest.raises(ArgumentError, match=r"^mask: expected causal, full"):
         Pattern.parse(text)
-
-
-def test_a_grid_holds_tokens_and_width():
-    grid = Grid(head_dims=[64, 128], seqlens=[512, 16384], patterns=[Pattern(right=0)], dtype=torch.bfloat16)
-    sizes = [(problem.head_dim, problem.seqlen, problem.batch, problem.num_heads) for problem in grid]
-    assert sizes == [(64, 512, 32, 32), (64, 16384, 1, 32), (128, 512, 32, 16), (128, 16384, 1, 16)]
-    assert all(problem.num_kv_heads == problem.num_heads for problem in grid)
-
-
-def test_heads_and_batch_override_width_and_tokens():
-    patterns = [Pattern()]
-    grid = Grid(head_dims=[64], seqlens=[512], patterns=patterns, dtype=torch.float16, heads=8, kv_heads=2, batch=3)
-    (problem,) = grid
-    assert (problem.batch, problem.num_heads, problem.num_kv_heads) == (3, 8, 2)
-
-
-def test_heads_that_do_not_divide_are_refused():
-    grid = Grid(head_dims=[64], seqlens=[512], patterns=[Pattern()], dtype=torch.float16, heads=8, kv_heads=3)
-    with pytest.raises(ArgumentError, match="kv_heads: expected a divisor of 8, got 3"):
-        list(grid)
 
 
 def test_flops_are_of_the_visible_cells():
@@ -78,14 +106,6 @@ def test_tensors_are_random_and_repeat_by_seed():
     assert not torch.equal(first[0], other[0])
     assert first[0].shape == (2, 8, 2, 16)
     assert problem.empty_tensors(cpu)[0].shape == first[0].shape
-
-
-def test_sizes_are_lists_and_doubling_ranges():
-    assert parse_sizes("seqlen", "512..4096,100") == [512, 1024, 2048, 4096, 100]
-    assert parse_sizes("seqlen", "64") == [64]
-    for text in ("", "a", "0", "1..2..3", "64,,128", "-4"):
-        with pytest.raises(ArgumentError, match=r"^seqlen: expected sizes such as"):
-            parse_sizes("seqlen", text)
 
 
 def test_an_unknown_dtype_is_refused():

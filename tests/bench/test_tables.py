@@ -30,7 +30,7 @@ def attention(implementation: str, tflops: float | None, **changes: Any) -> dict
     }
     if tflops:
         record |= {"status": "ok", "tflops": tflops, "median_ms": 100 / tflops, "share_of_ceiling": tflops / 700}
-        record |= {"vs_best_peer": 1.25}
+        record |= {"vs_best_peer": 1.25, "host_us": 12.3, "first_call_s": 1.234, "peak_bytes": 3 << 20}
     return record | changes
 
 
@@ -55,7 +55,7 @@ def test_a_table_has_ours_first_and_marks_the_best():
 
 def test_every_status_has_its_word():
     some = [attention(name, None, status=name) for name in ("wrong", "failed", "out of memory", "unsupported")]
-    (grid,) = tables.grids(some)
+    grid = tables.grids(some)[0]
     words = dict(zip(grid.columns, (cell.text for cell in grid.rows[0]), strict=True))
     assert words["wrong"] == "wrong"
     assert words["failed"] == "failed"
@@ -67,27 +67,63 @@ def test_every_status_has_its_word():
 def test_an_older_run_of_a_case_is_left_out_whole():
     old = [attention("sdpa_flash", 999.0), attention("hasten_portable", 1.0)]
     new = [attention("hasten_portable", 500.0, run="2")]
-    (grid,) = tables.grids(old + new)
+    grid = tables.grids(old + new)[0]
     assert [cell.text for cell in grid.rows[0]] == ["D=64 causal N=2048 B=8 H=32", "500", "1.25, 71%"]
 
 
 def test_phases_and_devices_are_tables_of_their_own():
     some = [attention("a", 5.0), attention("a", 5.0, phase="backward"), attention("a", 5.0, device="Other")]
-    assert [grid.title.split(", ")[0] for grid in tables.grids(some)] == [
+    titles = [grid.title.split(", ")[:2] for grid in tables.grids(some)]
+    assert [phase for phase, what in titles if what == "TFLOP/s"] == [
         "Attention forward",
         "Attention backward",
         "Attention forward",
     ]
 
 
+def test_what_a_call_costs_beside_device_time_is_a_table():
+    some = [attention("hasten_portable", 5.0), attention("flex", None), attention("sdpa_flash", 4.0, host_us=None)]
+    some[0]["saved_bytes"] = 1 << 20
+    grid = tables.grids(some)[1]
+    assert grid.title.startswith("Attention forward, host time of a call, first call, memory beyond the inputs, bf16")
+    assert grid.columns == ["", "hasten_portable", "flex", "sdpa_flash"]
+    assert [cell.text for cell in grid.rows[0]][1:] == ["12 us, 1.2 s, 4 MiB", "—", "1.2 s, 3 MiB"]
+
+
+def test_means_are_geometric_by_group_over_the_best_peer_and_each():
+    def case(ours: float, theirs: dict[str, float], **changes: Any) -> list[dict[str, Any]]:
+        return [attention(name, rate, **changes) for name, rate in {"hasten_hopper": ours, **theirs}.items()]
+
+    some = case(200.0, {"cudnn": 100.0, "fa4": 50.0}, seqlen=512) + case(100.0, {"cudnn": 200.0, "fa4": 50.0})
+    some += case(100.0, {"cudnn": 100.0}, head_dim=128) + case(300.0, {"fa4": 100.0}, mask="window:511,0")
+    some += [attention("hasten_portable", 1.0)]  # the fastest of ours counts
+    grid = tables.grids(some)[2]
+    assert grid.title.startswith("Attention forward, ours / peer, geometric means, bf16, Some GPU")
+    assert grid.columns == ["", "cases", "best peer", "least", "cudnn", "fa4"]
+    assert [[cell.text for cell in row] for row in grid.rows] == [
+        ["dense", "3", "1.00", "0.50", "1.00", "2.83"],
+        ["dense D=128", "1", "1.00", "1.00", "1.00", "—"],
+        ["dense D=64", "2", "1.00", "0.50", "1.00", "2.83"],
+        ["dense N<=1024", "1", "2.00", "2.00", "2.00", "4.00"],
+        ["window", "1", "3.00", "3.00", "—", "3.00"],
+    ]
+
+
+def test_grouped_heads_are_a_group():
+    words = {"mask": "causal", "num_heads": 8}
+    assert tables.group({**words, "num_kv_heads": 8}) == "dense"
+    assert tables.group({**words, "num_kv_heads": 2}) == "gqa"
+    assert tables.group({**words, "num_kv_heads": 2, "mask": "longformer:4,2"}) == "longformer"
+
+
 def test_slow_machines_are_told_in_a_smaller_unit():
-    (grid,) = tables.grids([attention("a", 0.0526)])
+    grid = tables.grids([attention("a", 0.0526)])[0]
     assert "GFLOP/s" in grid.title
     assert grid.rows[0][1].text == "52.6"
 
 
 def test_grouped_heads_are_in_the_name_of_the_row():
-    (grid,) = tables.grids([attention("a", 5.0, num_kv_heads=8)])
+    grid = tables.grids([attention("a", 5.0, num_kv_heads=8)])[0]
     assert grid.rows[0][0].text.endswith("H=32/8")
 
 

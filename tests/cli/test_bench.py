@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from hasten.bench import ceilings
+from hasten.bench import ceilings, suites
+from hasten.bench.problems import Pattern, Problem
 from hasten.bench.timing import Plan
 from hasten.cli import app
 from hasten.cli.bench import find_device
@@ -55,6 +57,39 @@ def test_json_is_all_that_stdout_gets(capsys):
     assert cases == [("window:4,0", "forward")] * 2 + [("longformer:4,2", "forward")] * 2
 
 
+def test_every_mask_can_be_asked_for(capsys):
+    masks = ("blocks:50", "documents:9", "packed:9")
+    words = ("--batch", "1", "--forward", "--json", *(word for mask in masks for word in ("--mask", mask)))
+    assert run("bench", "attention", *SMALL, *OURS, *words) == 0
+    made = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    attention = [record for record in made if record["kind"] == "attention"]
+    assert [record["mask"] for record in attention] == [mask for mask in masks for _ in range(2)]
+    assert {record["status"] for record in attention} == {"ok"}
+
+
+def test_rows_of_a_suite_are_measured_within_a_budget(monkeypatch, capsys):
+    def tiny(dtype: torch.dtype) -> dict[str, list[Problem]]:
+        sizes = {"batch": 1, "num_heads": 2, "num_kv_heads": 2, "dtype": dtype}
+        rows = {"dense": ("full", 32, 16), "window": ("window:3,0", 32, 16), "longformer": ("longformer:4,2", 64, 8)}
+        return {
+            name: [Problem(**sizes, pattern=Pattern.parse(text), seqlen=seqlen, head_dim=head_dim)]
+            for name, (text, seqlen, head_dim) in rows.items()
+        }
+
+    monkeypatch.setattr(suites, "SUITES", {"hopper": tiny})
+    words = ("bench", "attention", "--suite", "hopper", "--device", "cpu", "--quick", *OURS[:2])
+    peers = ("--peers", "sdpa_math,hf_longformer", "--deterministic")
+    assert run(*words, *peers, "--rows", "longformer,window") == 0
+    out, err = capsys.readouterr()
+    assert "[2/2] window:3,0 b1 s32 h2 d16 fp32 backward: reference" in err
+    assert "hf_longformer" in out
+    assert "hasten_reference+deterministic" in out
+    assert "Attention backward, ours / peer, geometric means" in out
+    assert "Attention forward, host time of a call, first call" in out
+    assert run(*words, *peers, "--seqlen", "32", "--budget", "0") == 0
+    assert "0 s are over: 2 problems were not measured" in capsys.readouterr().err
+
+
 def test_a_table_is_made_from_the_file_alone(tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     assert run("bench", "attention", *SMALL, *OURS, "--causal", "--forward", "--out", str(path)) == 0
@@ -83,6 +118,11 @@ def test_training_compares_attentions(tmp_path, capsys):
     [
         (("attention", "--seqlen", "many"), "error: seqlen: expected sizes such as"),
         (("attention", "--window", "3"), "error: mask: expected causal, full"),
+        (("attention", "--mask", "blocks:0"), "error: mask: expected causal, full"),
+        (("attention", "--suite", "ampere"), "error: suite: expected one of hopper, got 'ampere'"),
+        (("attention", "--rows", "widow"), "error: rows: expected some of dense"),
+        (("attention", "--suite", "hopper", "--causal"), "error: suite: expected no masks and sizes beside it"),
+        (("attention", "--suite", "hopper", "--seqlen", "17"), "error: suite: expected rows of those sizes"),
         (("attention", "--dtype", "int8"), "error: dtype: expected one of bf16"),
         (("attention", "--peers", "fast"), "error: peers: expected auto, all"),
         (("attention", "--device", "toaster"), "error: device: expected cuda or cpu, got 'toaster'"),

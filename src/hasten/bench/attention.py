@@ -7,6 +7,7 @@ others. A peer that is wrong is reported as wrong and not timed. Called by `hast
 from __future__ import annotations
 
 import gc
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from hasten.bench import check, records
+from hasten.bench.bound import Bound
 from hasten.bench.ceilings import measure_ceilings
-from hasten.bench.peers import Bound, Peer
+from hasten.bench.peers import Peer
 from hasten.bench.problems import Problem
 from hasten.bench.records import Record
 from hasten.bench.timing import Plan, Timing, Work, clock_for, measure, num_input_sets
@@ -34,13 +36,17 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to measure and how. `commit`: of the sources, where git is not there to say."""
+    """What to measure and how. `budget_s`: when to begin no further problem, in seconds from the start.
+
+    `commit`: of the sources, where git is not there to say.
+    """
 
     problems: Sequence[Problem]
     peers: Sequence[Peer]
     device: torch.device
     phases: Sequence[str] = PHASES
     plan: Plan = field(default_factory=Plan)
+    budget_s: float | None = None
     commit: str | None = None
 
 
@@ -55,12 +61,16 @@ class Prepared:
 
 def run(options: Options, emit: Callable[[list[Record]], None], tell: Callable[[str], None]) -> None:
     """Measure all problems; `emit` gets the records of each when it is done, `tell` a line of progress."""
+    start = time.monotonic()
     place = records.environment(options.device, options.commit)
     rates, timings = measure_ceilings(options.device, options.problems[0].dtype, clock_for(options.device))
     place |= records.ceiling_fields(rates)
     emit([{"kind": "ceiling", **place, "implementation": name, **timings[name].fields()} for name in timings])
     tell(f"{place['device']}: matrix product {place['matmul_tflops']} TFLOP/s, copy {place['copy_gbps']} GB/s")
     for number, problem in enumerate(options.problems, 1):
+        if options.budget_s is not None and time.monotonic() - start > options.budget_s:
+            tell(f"{options.budget_s:g} s are over: {len(options.problems) - number + 1} problems were not measured")
+            break
         for peer in options.peers:
             peer.begin()
         made = [{"kind": "attention", **place, **record} for record in measure_problem(problem, options, rates)]
@@ -148,8 +158,10 @@ def _backward(peer: Peer, problem: Problem, inputs: Sequence[Inputs], want: chec
     bounds: list[Bound] = []
     for q, k, v, _ in inputs:
         bounds.append(peer.bind(problem, *(tensor.detach().requires_grad_() for tensor in (q, k, v))))
+    before = _allocated(inputs[0][0].device)
     with bounds[0].context():
         outs = [bound.run() for bound in bounds]
+    saved_bytes = (_allocated(inputs[0][0].device) - before) // len(bounds)
     douts = [bound.from_contract(tensors[3]) for bound, tensors in zip(bounds, inputs, strict=True)]
 
     def call(number: int) -> tuple[Tensor, ...]:
@@ -157,6 +169,8 @@ def _backward(peer: Peer, problem: Problem, inputs: Sequence[Inputs], want: chec
         return torch.autograd.grad(outs[which], bounds[which].leaves, douts[which], retain_graph=True)
 
     facts = _first_calls(partial(call, 0), douts[0].device)
+    if "peak_bytes" in facts:
+        facts["saved_bytes"] = saved_bytes
     grads = [check.our_part(problem, bounds[0].to_contract(grad)) for grad in call(0)]
     names = ("dq", "dk", "dv")
     errors = {name: check.error(grad, getattr(want, name)) for name, grad in zip(names, grads, strict=True)}
@@ -171,15 +185,22 @@ def _judged(problem: Problem, errors: dict[str, float], facts: Record, work: Wor
 
 
 def _first_calls(call: Callable[[], object], device: torch.device) -> Record:
-    """Seconds of the first call, which compiles what must be compiled, and memory of the second beyond its inputs."""
+    """Seconds of the first call, which compiles what must be compiled, and memory of the second beyond its inputs.
+
+    The inputs of a backward hold what its forward saved: `saved_bytes`, out included.
+    """
     facts: Record = {"first_call_s": round(clock_for(device).wall_s(call), 3)}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = _allocated(device)
         result = call()
         facts["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
         del result
     return facts
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _ratio_to_best(name: str, timings: dict[str, Timing], ours: set[str]) -> float | None:

@@ -38,7 +38,7 @@ def expected(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) ->
     out, dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     scale = problem.head_dim**-0.5
     for rows in torch.arange(problem.seqlen, device=q.device).split(max(1, _SCORES_AT_ONCE // problem.seqlen)):
-        keep = _visible(problem, rows)
+        keep = visible(problem, rows)
         for head in range(q.shape[1]):
             scores = (q[rows, head] @ k.T * scale).masked_fill(~keep, -torch.inf)
             probs = torch.softmax(scores, dim=-1)
@@ -65,9 +65,9 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.detach().to(want.dtype) - want).norm() / want.norm())
 
 
-def _visible(problem: Problem, rows: Tensor) -> Tensor:
+def visible(problem: Problem, rows: Tensor) -> Tensor:
     """bool (rows, seqlen): the mask's own definition."""
     none = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=rows.device)
     keys = torch.arange(problem.seqlen, device=rows.device)
     cells = Cells(none, none, rows[None, None, :, None], keys[None, None, None], problem.seqlen, problem.seqlen)
-    return problem.pattern.mask().visible(cells).expand(1, 1, len(rows), problem.seqlen)[0, 0]
+    return problem.mask(rows.device).visible(cells).expand(1, 1, len(rows), problem.seqlen)[0, 0]

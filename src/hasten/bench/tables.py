@@ -5,6 +5,7 @@ A row is a case, a column an implementation; marks and ratios compare records of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +47,10 @@ class Grid:
 
 
 def grids(all_records: Sequence[Record]) -> list[Grid]:
-    """Every table the records give: attention by phase, then training; of the last run of each case."""
+    """Every table the records give: attention by phase, then training; of the last run of each case.
+
+    Attention has three for each phase: throughput, what a call costs beside device time, and means over groups.
+    """
     made = []
     attention = newest([record for record in all_records if record["kind"] == "attention"], CASES["attention"])
     for (device, dtype, phase), some in _split(attention, ("device", "dtype", "phase")):
@@ -54,6 +58,10 @@ def grids(all_records: Sequence[Record]) -> list[Grid]:
         unit, scale = ("GFLOP/s", 1e3) if is_slow else ("TFLOP/s", 1.0)
         title = f"Attention {phase}, {unit}, {dtype}, {device} ({_versions(some)})"
         made.append(_pivot(title, some, CASES["attention"], _attention_row, partial(_throughput, scale), _ratio))
+        place = f"{dtype}, {device} ({_versions(some)})"
+        title = f"Attention {phase}, host time of a call, first call, memory beyond the inputs, {place}"
+        made.append(_pivot(title, some, CASES["attention"], _attention_row, _costs))
+        made += _means(f"Attention {phase}, ours / peer, geometric means, {place}", some)
     training = newest([record for record in all_records if record["kind"] == "training"], CASES["training"])
     for (device, dtype), some in _split(training, ("device", "dtype")):
         title = f"Training step, tokens/s (MFU, peak memory), {dtype} autocast, {device} ({_versions(some)})"
@@ -78,21 +86,24 @@ def _pivot(
     case: Sequence[str],
     name_row: Callable[[Record], str],
     cell: Callable[[Record], tuple[str, float]],
-    compare: Callable[[list[Record]], tuple[str, str]],
+    compare: Callable[[list[Record]], tuple[str, str]] | None = None,
 ) -> Grid:
-    """Rows are cases, columns implementations (ours first), the last column what `compare` says of a row."""
+    """Rows are cases, columns implementations (ours first), the last column what `compare` says of a row, if any."""
     names = sorted(
         {record["implementation"] for record in some}, key=lambda name: (not name.startswith("hasten"), name)
     )
-    rows, heading = [], ""
+    rows: list[list[Cell]] = []
+    heading: list[str] = []
     for _, row in _split(some, case):
         found = {record["implementation"]: record for record in row}
         entries = [cell(found[name]) if name in found else (MISSING, 0.0) for name in names]
         best = max(value for _, value in entries)
-        heading, verdict = compare(row)
         cells = [Cell(text, is_best=value == best and best > 0) for text, value in entries]
-        rows.append([Cell(name_row(row[0])), *cells, Cell(verdict)])
-    return Grid(title, ["", *names, heading], rows)
+        rows.append([Cell(name_row(row[0])), *cells])
+        if compare is not None:
+            *heading, verdict = compare(row)
+            rows[-1].append(Cell(verdict))
+    return Grid(title, ["", *names, *heading], rows)
 
 
 def _versions(some: Sequence[Record]) -> str:
@@ -125,6 +136,62 @@ def _ratio(row: list[Record]) -> tuple[str, str]:
     fastest = min(ours, key=lambda record: float(record["median_ms"]))
     ratio = fastest["vs_best_peer"]
     return heading, f"{MISSING if ratio is None else f'{ratio:.2f}'}, {fastest['share_of_ceiling']:.0%}"
+
+
+def _costs(record: Record) -> tuple[str, float]:
+    """Host microseconds, seconds of the first call, MiB; of a backward with what its forward saved."""
+    if record["status"] != "ok":
+        return _SHORT[record["status"]], 0.0
+    parts = []
+    if record.get("host_us") is not None:
+        parts.append(f"{record['host_us']:.0f} us")
+    if record.get("first_call_s") is not None:
+        parts.append(f"{record['first_call_s']:.2g} s")
+    if record.get("peak_bytes") is not None:
+        parts.append(f"{(record['peak_bytes'] + record.get('saved_bytes', 0)) / 2**20:.0f} MiB")
+    return ", ".join(parts) or MISSING, 0.0
+
+
+def group(record: Record) -> str:
+    """The group of a case: its mask's name, dense for causal and full, gqa for grouped heads of those."""
+    if record["mask"] in ("causal", "full"):
+        return "dense" if record["num_heads"] == record["num_kv_heads"] else "gqa"
+    return str(record["mask"]).partition(":")[0]
+
+
+def _groups(record: Record) -> list[str]:
+    """Every line of the means in which a case counts."""
+    name = group(record)
+    lines = [name, f"{name} D={record['head_dim']}"]
+    return [*lines, "dense N<=1024"] if name == "dense" and record["seqlen"] <= 1024 else lines
+
+
+def _means(title: str, some: Sequence[Record]) -> list[Grid]:
+    """Ours over the best peer of each case, mean and least, and over each peer, by group; none without both."""
+    ratios: dict[str, list[dict[str, float]]] = {}
+    for _, row in _split(some, CASES["attention"]):
+        times = {record["implementation"]: record["median_ms"] for record in row if record["status"] == "ok"}
+        ours = [time for name, time in times.items() if name.startswith("hasten")]
+        peers = {name: time / min(ours) for name, time in times.items() if ours and not name.startswith("hasten")}
+        if peers:
+            for line in _groups(row[0]):
+                ratios.setdefault(line, []).append(peers)
+    names = sorted({name for cases in ratios.values() for peers in cases for name in peers})
+    rows = []
+    for line in sorted(ratios):
+        cases = ratios[line]
+        if " D=" in line and len(cases) == len(ratios[line.partition(" ")[0]]):
+            continue  # a group of one head_dim
+        best = [min(peers.values()) for peers in cases]
+        each = [[peers[name] for peers in cases if name in peers] for name in names]
+        texts = [line, str(len(cases)), _mean(best), f"{min(best):.2f}", *map(_mean, each)]
+        rows.append([Cell(text) for text in texts])
+    columns = ["", "cases", "best peer", "least", *names]
+    return [Grid(title, columns, rows)] if rows else []
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}" if values else MISSING
 
 
 def _training_row(record: Record) -> str:

@@ -18,8 +18,8 @@ from rich.text import Text
 
 from hasten.bench import attention as attention_suite
 from hasten.bench import peers as peers_module
-from hasten.bench import plots, records, tables
-from hasten.bench.problems import Grid, Pattern, parse_dtype, parse_sizes
+from hasten.bench import plots, records, suites, tables
+from hasten.bench.problems import Pattern, Problem, parse_dtype
 from hasten.bench.records import Record
 from hasten.bench.timing import Plan
 from hasten.errors import ArgumentError
@@ -49,6 +49,15 @@ def attention(
     full: Annotated[bool, typer.Option("--full", help="No mask.")] = False,
     window: Annotated[list[str] | None, typer.Option(help="A window LEFT,RIGHT; may be repeated.")] = None,
     longformer: Annotated[list[str] | None, typer.Option(help="WINDOW,GLOBAL tokens; may be repeated.")] = None,
+    mask: Annotated[
+        list[str] | None, typer.Option(help="blocks:PERCENT, documents:MEAN, packed:MEAN length; may be repeated.")
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="A named suite instead of a grid: hopper. --head-dim and --seqlen choose from it."),
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Which rows of the suite, such as longformer,window.")] = "",
+    budget: Annotated[float | None, typer.Option(min=0, help="Begin no problem after so many seconds.")] = None,
     forward: Annotated[bool, typer.Option("--forward", help="Forward only.")] = False,
     backward: Annotated[bool, typer.Option("--backward", help="Backward only.")] = False,
     dtype: Dtype = None,
@@ -61,6 +70,7 @@ def attention(
         str, typer.Option(help="auto, all, none, or names; flex compiles each problem for seconds.")
     ] = "auto",
     implementation: Annotated[list[str] | None, typer.Option(help="Which of ours; may be repeated.")] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Ours a second time, so asked.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Half the calls, and only the first of ours.")] = False,
     device: Device = None,
     out: Out = None,
@@ -71,24 +81,35 @@ def attention(
     """Attention on a grid of sizes: ours beside every peer here, checked first, then timed in turns."""
     place = find_device(device)
     usual = DEFAULTS.get(place.type, DEFAULTS["cpu"])
-    grid = Grid(
-        head_dims=parse_sizes("head-dim", head_dim or usual["head_dim"]),
-        seqlens=parse_sizes("seqlen", seqlen or usual["seqlen"]),
-        patterns=_patterns(causal, full, window or [], longformer or []),
-        dtype=parse_dtype(dtype or usual["dtype"]),
-        tokens=tokens or usual["tokens"],
-        width=width or usual["width"],
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-    )
+    patterns = _patterns(causal, full, window or [], longformer or [], mask or [])
+    kind = parse_dtype(dtype or usual["dtype"])
+    if suite or rows:
+        if patterns or tokens or width or batch or heads or kv_heads:
+            raise ArgumentError(
+                "suite", "no masks and sizes beside it", "both", "--rows, --head-dim and --seqlen choose"
+            )
+        problems = _chosen(suite or "hopper", rows, kind, head_dim, seqlen)
+    else:
+        grid = suites.Grid(
+            head_dims=suites.parse_sizes("head-dim", head_dim or usual["head_dim"]),
+            seqlens=suites.parse_sizes("seqlen", seqlen or usual["seqlen"]),
+            patterns=patterns or [Pattern(right=0), Pattern()],
+            dtype=kind,
+            tokens=tokens or usual["tokens"],
+            width=width or usual["width"],
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+        )
+        problems = list(grid)
     ours = implementation or (list(peers_module.our_implementations(place)[:1]) if quick else [])
     options = attention_suite.Options(
-        problems=list(grid),
-        peers=peers_module.find_peers(peers.split(","), place, ours),
+        problems=problems,
+        peers=peers_module.find_peers(peers.split(","), place, ours, deterministic),
         device=place,
         phases=["forward"] * forward + ["backward"] * backward or attention_suite.PHASES,
         plan=attention_suite.quicker(Plan()) if quick else Plan(),
+        budget_s=budget,
         commit=commit,
     )
     made = Collector(out, as_json)
@@ -202,12 +223,26 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _patterns(causal: bool, full: bool, windows: list[str], longformers: list[str]) -> list[Pattern]:
-    """The masks asked for; causal and full where none was."""
+def _patterns(causal: bool, full: bool, windows: list[str], longformers: list[str], masks: list[str]) -> list[Pattern]:
+    """The masks asked for."""
     asked = [Pattern(right=0)] * causal + [Pattern()] * full
     asked += [Pattern.parse(f"window:{text}") for text in windows]
     asked += [Pattern.parse(f"longformer:{text}") for text in longformers]
-    return asked or [Pattern(right=0), Pattern()]
+    return asked + [Pattern.parse(text) for text in masks]
+
+
+def _chosen(suite: str, rows: str, dtype: torch.dtype, head_dim: str | None, seqlen: str | None) -> list[Problem]:
+    """The problems of a suite, of some rows and sizes where these are named."""
+    problems = suites.find_problems(suite, rows.split(",") if rows else [], dtype)
+    if head_dim:
+        problems = [one for one in problems if one.head_dim in suites.parse_sizes("head-dim", head_dim)]
+    if seqlen:
+        problems = [one for one in problems if one.seqlen in suites.parse_sizes("seqlen", seqlen)]
+    if not problems:
+        raise ArgumentError(
+            "suite", "rows of those sizes", "none", "leave out --head-dim and --seqlen to have them all"
+        )
+    return problems
 
 
 def _read(files: Sequence[Path]) -> list[Record]:
