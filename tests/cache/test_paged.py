@@ -81,7 +81,7 @@ def test_copies_read_all_before_they_write():
 
 
 def test_sizes_that_cannot_be_are_told():
-    with pytest.raises(ArgumentError, match="page_size: expected one of .16, 32, 64, 128, 256., got 5"):
+    with pytest.raises(ArgumentError, match=r"page_size: expected one of .16, 32, 64, 128, 256., got 5"):
         PagedCache([FULL], [4], 5, torch.float32, "cpu")
-    with pytest.raises(ArgumentError, match="num_pages: expected pages that fit in memory, got .* GiB are free"):
+    with pytest.raises(ArgumentError, match=r"num_pages: expected pages that fit in memory, got .* GiB are free"):
         PagedCache([FULL], [2**42], 16, torch.float32, "cpu")

@@ -80,11 +80,11 @@ def forward(
 
 
 def make_mask(
-    *sizes: Any, kv_length: int, mask_function: masking.MaskFunction = causal_mask_function, **options: Any
+    *, kv_length: int, mask_function: patterns.MaskFunction = causal_mask_function, **options: Any
 ) -> ModelMask | Tensor:
     """The band that the mask function says, whatever the lengths; for other caches, the mask of "hasten"."""
     if kv_length != ENDLESS:
-        return masking.make_mask(*sizes, kv_length=kv_length, mask_function=mask_function, **options)
+        return masking.make_mask(kv_length=kv_length, mask_function=mask_function, **options)
     pattern = patterns.read(mask_function)
     if pattern is None or pattern.starts is not None or pattern.right != 0:
         hint = "use hasten.engine.generate for this model"
