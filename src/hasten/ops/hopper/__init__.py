@@ -1,1 +1,12 @@
-"""Attention in Gluon for NVIDIA Hopper (sm_90): TMA, wgmma, warp specialization."""
+"""Attention in Gluon for NVIDIA Hopper (sm_90): TMA, wgmma, warp specialization.
+
+Envelope: float16, bfloat16; head_dim and head_dim_v in multiples of 8 up to 256; soft cap and sinks, but no bias,
+ALiBi or dropout; tensors that TMA can address; packed sequences only with masks that are a band.
+"""
+
+from __future__ import annotations
+
+from hasten.ops.hopper.envelope import refuses
+from hasten.ops.hopper.launch import forward
+
+__all__ = ["forward", "refuses"]

@@ -1,0 +1,435 @@
+"""Forward kernel: a producer warp and two or three consumer warpgroups (FlashAttention-3, arXiv 2407.08608).
+
+The producer loads Q of an item and then its tiles of K and V into rings of shared memory, by TMA. Each consumer
+computes 64 rows: S = Q K^T of this tile runs beside O += P V of the tile before, whose P stays in registers.
+
+Who may touch what: a stage of K or V belongs to the producer between the named barrier at which all consumers have
+left it and the mbarrier its TMA completes; a stage of Q holds the item's Q, then, per consumer, the out of its rows,
+and is free again when TMA has read that.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hasten.ops.hopper.bridge import (
+    FIRST_BARRIER,
+    barrier_arrive,
+    barrier_sync,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+)
+from hasten.ops.hopper.cells import (
+    LOG2E,
+    accumulator,
+    band_cells,
+    hide_values,
+    keys_word,
+    listed_cells,
+    score,
+    score_unit,
+    softmax_step,
+)
+from hasten.ops.hopper.schedule import dense_place, packed_place, take
+from hasten.ops.hopper.visits import element, key_bounds, key_visits, partial_entry, sequence, visited
+
+# sizes for which a kernel compiled for "1" or "a multiple of 16" gains nothing and costs seconds
+LENGTHS = ("num_tiles", "num_heads", "batch", "seqlen_q", "seqlen_k", "heads_per_group")
+
+
+@gluon.jit
+def _visits(where, number, head, tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """What an item sees: (visits, (shift, first_key, end_key), (first row, length of q), (first key, batch of k))."""
+    cu_seqlens_q, cu_seqlens_k, key_range, lists, band, seqlen_q, seqlen_k = where
+    batch, row, length_q = sequence(cu_seqlens_q, number, seqlen_q)
+    _, key, length_k = sequence(cu_seqlens_k, number, seqlen_k)
+    first_key, end_key = key_bounds(key_range, number, length_k)
+    shift, m0 = length_k - length_q, tile * BLOCK_M
+    row_of_tiles = tile
+    if lists is not None:
+        row_of_tiles = number * lists[4] + head * lists[5] + tile
+    m1 = gl.minimum(m0 + BLOCK_M, length_q)
+    visits = key_visits(lists, row_of_tiles, m0, m1, shift, band[0], band[1], first_key, end_key, BLOCK_N)
+    return visits, (shift, first_key, end_key), (batch, row, key, length_q)
+
+
+@gluon.jit
+def _hand_over(q_desc, shared, turn, number, head, tile, batch, row, options: gl.constexpr):
+    """Tell the consumers their next item and load its Q, as soon as a stage of Q is free."""
+    q_smem, _k, _v, slots, q_full, q_empty, _k_full, _v_full = shared
+    CONSUMERS: gl.constexpr = options[4]
+    Q_STAGES: gl.constexpr = options[6]
+    stage = turn % Q_STAGES
+    mbarrier.wait(q_empty.index(stage), ((turn // Q_STAGES) & 1) ^ 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slots.index(3 * stage).store(gl.full([1], number, gl.int32, layout))
+    slots.index(3 * stage + 1).store(gl.full([1], head, gl.int32, layout))
+    slots.index(3 * stage + 2).store(gl.full([1], tile, gl.int32, layout))
+    gl.thread_barrier()
+    full = q_full.index(stage)
+    if number < 0:
+        mbarrier.arrive(full)
+    else:
+        mbarrier.expect(full, CONSUMERS * q_desc.block_type.nbytes)
+        for consumer in gl.static_range(CONSUMERS):
+            rows = row + (tile * CONSUMERS + consumer) * 64
+            tma_load(q_desc, [batch, head, rows, 0], full, q_smem.index(stage * CONSUMERS + consumer))
+
+
+@gluon.jit
+def _produce(descriptors, shared, where, counter, order, options: gl.constexpr):
+    """Take items until there are none, and load what they need."""
+    q_desc, k_desc, v_desc = descriptors
+    _q, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
+    num_tiles, num_heads, num_sequences, heads_per_group = order
+    GROUP_SIZE: gl.constexpr = options[0]
+    BLOCK_N: gl.constexpr = options[1]
+    STAGES: gl.constexpr = options[5]
+    BLOCK_M: gl.constexpr = 64 * options[4]
+    THREADS: gl.constexpr = 128 * options[4] + 32
+    lists = where[3]
+    num_programs = gl.num_programs(0)
+    item, turn, fill, base, before, number = gl.program_id(0), 0, 0, 0, 0, 0
+    while number >= 0:
+        if where[0] is None:
+            number, head, tile = dense_place(item, num_tiles, num_heads, num_sequences, heads_per_group)
+        else:
+            number, head, tile, base, before = packed_place(
+                item, where[0], base, before, num_heads, num_sequences, BLOCK_M
+            )
+        if number < 0:
+            _hand_over(q_desc, shared, turn, number, head, tile, 0, 0, options)
+        else:
+            item = take(counter, num_programs)
+            visits, _, place = _visits(where, number, head, tile, BLOCK_M, BLOCK_N)
+            batch, row, key, _ = place
+            num_visits = visits[1] + visits[5]
+            if num_visits == 0:
+                _hand_over(q_desc, shared, turn, number, head, tile, batch, row, options)
+            for step in range(0, num_visits):
+                entry = gl.where(step < visits[5], partial_entry(visits, step), visits[0] + step - visits[5])
+                at = [batch, head // GROUP_SIZE, key + visited(lists, entry) * BLOCK_N, 0]
+                stage = fill % STAGES
+                barrier_sync(FIRST_BARRIER + stage, THREADS)
+                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                tma_load(k_desc, at, k_full.index(stage), k_smem.index(stage))
+                if step == 0:  # after K, which is free before the Q of the item before
+                    _hand_over(q_desc, shared, turn, number, head, tile, batch, row, options)
+                barrier_sync(FIRST_BARRIER + STAGES + stage, THREADS)
+                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                tma_load(v_desc, at, v_full.index(stage), v_smem.index(stage))
+                fill += 1
+            turn += 1
+    for stage in gl.static_range(2 * STAGES):  # leave no named barrier half full
+        barrier_sync(FIRST_BARRIER + stage, THREADS)
+
+
+@gluon.jit
+def _read_item(shared, turn, options: gl.constexpr):
+    """(sequence, head, tile) that the producer handed over, with Q in its stage."""
+    _q, _k, _v, slots, q_full, _q_empty, _k_full, _v_full = shared
+    Q_STAGES: gl.constexpr = options[6]
+    stage = turn % Q_STAGES
+    mbarrier.wait(q_full.index(stage), (turn // Q_STAGES) & 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    number = gl.max(slots.index(3 * stage).load(layout), 0)
+    head = gl.max(slots.index(3 * stage + 1).load(layout), 0)
+    return number, head, gl.max(slots.index(3 * stage + 2).load(layout), 0)
+
+
+@gluon.jit
+def _cells(where, bounds, m0, entry, is_partial, CONSUMER: gl.constexpr, options: gl.constexpr):
+    """bool (64, BLOCK_N): what the rows of one consumer see of a tile."""
+    BLOCK_N: gl.constexpr = options[1]
+    if where[3] is None:
+        row, n0 = m0 + 64 * CONSUMER, entry * BLOCK_N
+        return band_cells(row, n0, bounds[0], where[4], where[2], bounds[1], bounds[2], BLOCK_N)
+    else:
+        return listed_cells(where[3], entry, 64 * CONSUMER, is_partial, 64 * options[4], BLOCK_N)
+
+
+@gluon.jit
+def _hide(where, bounds, v, full, phase, entry, is_partial, options: gl.constexpr):
+    """Zero the values of keys that no row of a tile sees: padding, neighbours in a packed batch, holes of a list.
+
+    A dense sequence has none of them: TMA fills with zeros what lies past its end.
+    """
+    BLOCK_N: gl.constexpr = options[1]
+    if (where[3] is not None) | (where[1] is not None) | (where[2] is not None):
+        seen = gl.cast(-1, gl.int32)
+        for part in gl.static_range(BLOCK_N // 32):
+            seen &= keys_word(where[3], entry, is_partial, entry * BLOCK_N, bounds[1], bounds[2], part, BLOCK_N)
+        if seen != -1:
+            mbarrier.wait(full, phase)
+            for part in gl.static_range(BLOCK_N // 32):
+                word = keys_word(where[3], entry, is_partial, entry * BLOCK_N, bounds[1], bounds[2], part, BLOCK_N)
+                if word != -1:
+                    hide_values(v, word, part, options[2])
+            gl.thread_barrier()
+
+
+@gluon.jit
+def _leave_q(shared, turn, options: gl.constexpr):
+    """Give the stage of Q of item `turn` back, once TMA has read the out that lies in it."""
+    _q, _k, _v, _slots, _q_full, q_empty, _k_full, _v_full = shared
+    if turn >= 0:
+        tma_store_wait(0)
+        mbarrier.arrive(q_empty.index(turn % options[6]))
+
+
+@gluon.jit
+def _first_visit(
+    q,
+    row_max,
+    row_sum,
+    shared,
+    where,
+    bounds,
+    m0,
+    entry,
+    is_partial,
+    fill,
+    turn,
+    terms,
+    CONSUMER: gl.constexpr,
+    options: gl.constexpr,
+):
+    """(p, row_max, row_sum) of the first tile of an item: always masked, with no product of V to run beside."""
+    _q, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
+    BLOCK_N: gl.constexpr = options[1]
+    STAGES: gl.constexpr = options[5]
+    stage, phase = fill % STAGES, (fill // STAGES) & 1
+    s_layout: gl.constexpr = accumulator(BLOCK_N)
+    mbarrier.wait(k_full.index(stage), phase)
+    zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+    raw = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if options[6] > 1:
+        _leave_q(shared, turn - 1, options)
+    keep = _cells(where, bounds, m0, entry, is_partial, CONSUMER, options)
+    raw = warpgroup_mma_wait(0, deps=[raw])
+    barrier_arrive(FIRST_BARRIER + stage, 128 * options[4] + 32)
+    value = gl.where(keep, score(raw, terms[0], terms[1]), -float("inf"))
+    unit = score_unit(terms[0], terms[1])
+    p, _, row_max, row_sum = softmax_step(value, row_max, row_sum, unit, True)
+    _hide(where, bounds, v_smem.index(stage), v_full.index(stage), phase, entry, is_partial, options)
+    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, accumulator(options[2]), 2))
+    return p, row_max, row_sum
+
+
+@gluon.jit
+def _next_visit(
+    q,
+    acc,
+    p,
+    row_max,
+    row_sum,
+    shared,
+    where,
+    bounds,
+    m0,
+    entry,
+    fill,
+    terms,
+    MASKED: gl.constexpr,
+    CONSUMER: gl.constexpr,
+    options: gl.constexpr,
+):
+    """(acc, p, row_max, row_sum) after one more tile; P of the tile before meets its V beside this tile's softmax."""
+    _q, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
+    THREADS: gl.constexpr = 128 * options[4] + 32
+    BLOCK_N: gl.constexpr = options[1]
+    STAGES: gl.constexpr = options[5]
+    stage, phase = fill % STAGES, (fill // STAGES) & 1
+    before = (fill - 1) % STAGES
+    s_layout: gl.constexpr = accumulator(BLOCK_N)
+    mbarrier.wait(k_full.index(stage), phase)
+    zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+    raw = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(before), ((fill - 1) // STAGES) & 1)
+    acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+    raw = warpgroup_mma_wait(1, deps=[raw])
+    barrier_arrive(FIRST_BARRIER + stage, THREADS)
+    value = score(raw, terms[0], terms[1])
+    if MASKED:  # after the wait: before it, the compiler would wait for both products
+        keep = _cells(where, bounds, m0, entry, True, CONSUMER, options)
+        value = gl.where(keep, value, -float("inf"))
+    unit = score_unit(terms[0], terms[1])
+    next_p, rescale, row_max, row_sum = softmax_step(value, row_max, row_sum, unit, MASKED)
+    next_p = next_p.to(q.dtype)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    barrier_arrive(FIRST_BARRIER + STAGES + before, THREADS)
+    if MASKED:
+        _hide(where, bounds, v_smem.index(stage), v_full.index(stage), phase, entry, True, options)
+    o_layout: gl.constexpr = accumulator(options[2])
+    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None]
+    return acc, gl.convert_layout(next_p, gl.DotOperandLayout(0, o_layout, 2)), row_max, row_sum
+
+
+@gluon.jit
+def _store(acc, row_max, row_sum, q, out, lse, terms, place, number, head, first, options: gl.constexpr):
+    """out and lse of 64 rows from `first` on: through shared memory `q` by TMA, which stops at the end of a tensor,
+    or by pointers where a packed sequence ends and the rows of its neighbour follow."""
+    out_desc, cu_seqlens_q, out_ptr, out_strides = out
+    BLOCK_D: gl.constexpr = options[2]
+    lse_ptr, lse_strides = lse
+    batch, row, _, length_q = place
+    o_layout: gl.constexpr = accumulator(options[2])
+    empty = row_sum == 0.0
+    row_sum = gl.where(empty, 1.0, row_sum)
+    top = row_max * (score_unit(terms[0], terms[1]) / LOG2E)
+    value = gl.where(empty, -float("inf"), top + gl.log2(row_sum) / LOG2E)
+    rows = first + gl.arange(0, 64, gl.SliceLayout(1, value.type.layout.parent))
+    at = element(batch, row, head, lse_strides)
+    gl.store(lse_ptr + at + rows, value, mask=rows < length_q)
+    acc = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, o_layout))[:, None]
+    if cu_seqlens_q is None:
+        _store_tile(acc, out_desc, q, batch, head, first)
+    elif first + 64 <= length_q:
+        _store_tile(acc, out_desc, q, batch, head, row + first)
+    else:
+        own_rows = first + gl.arange(0, 64, gl.SliceLayout(1, o_layout))
+        dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
+        offsets = (
+            element(batch, row, head, out_strides) + own_rows[:, None].to(gl.int64) * out_strides[1] + dims[None, :]
+        )
+        inside = (own_rows[:, None] < length_q) & (dims[None, :] < options[3])
+        gl.store(out_ptr + offsets, acc.to(q.dtype), mask=inside)
+
+
+@gluon.jit
+def _store_tile(acc, out_desc, q, batch, head, row):
+    """Issue the TMA store of 64 rows through the shared memory in which their Q was."""
+    q.store(acc.to(q.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    tma_store(out_desc, [batch, head, row, 0], q)
+
+
+@gluon.jit
+def _consume(CONSUMER: gl.constexpr, shared, where, terms, out, lse, options: gl.constexpr):
+    """Compute 64 rows of every item that the producer hands over."""
+    q_smem, _k, v_smem, _slots, _q_full, _q_empty, _k_full, v_full = shared
+    BLOCK_N: gl.constexpr = options[1]
+    BLOCK_D: gl.constexpr = options[2]
+    CONSUMERS: gl.constexpr = options[4]
+    STAGES: gl.constexpr = options[5]
+    Q_STAGES: gl.constexpr = options[6]
+    THREADS: gl.constexpr = 128 * options[4] + 32
+    s_layout: gl.constexpr = accumulator(BLOCK_N)
+    o_layout: gl.constexpr = accumulator(options[2])
+    for stage in gl.static_range(2 * STAGES):  # all stages of K and V are free
+        barrier_arrive(FIRST_BARRIER + stage, THREADS)
+    turn, fill = 0, 0
+    number, head, tile = _read_item(shared, turn, options)
+    while number >= 0:
+        visits, bounds, place = _visits(where, number, head, tile, 64 * CONSUMERS, BLOCK_N)
+        m0, num_full, num_partial = tile * CONSUMERS * 64, visits[1], visits[5]
+        q = q_smem.index((turn % Q_STAGES) * CONSUMERS + CONSUMER)
+        acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
+        row_sum = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
+        row_max = row_sum - float("inf")
+        if terms[2] is not None:  # a sink is a score without a value: the softmax starts from it
+            row_max = row_sum + gl.load(terms[2] + head) * LOG2E / score_unit(terms[0], terms[1])
+            row_sum += 1.0
+        if num_full + num_partial > 0:
+            entry = gl.where(num_partial > 0, partial_entry(visits, 0), visits[0])
+            p, row_max, row_sum = _first_visit(
+                q, row_max, row_sum, shared, where, bounds, m0, entry, num_partial > 0, fill, turn,
+                terms, CONSUMER, options,
+            )  # fmt: skip
+            fill += 1
+            for step in range(1, num_partial):
+                acc, p, row_max, row_sum = _next_visit(
+                    q, acc, p, row_max, row_sum, shared, where, bounds, m0, partial_entry(visits, step), fill,
+                    terms, True, CONSUMER, options,
+                )  # fmt: skip
+                fill += 1
+            for _ in range(gl.where(num_partial > 0, 0, 1), num_full):
+                acc, p, row_max, row_sum = _next_visit(
+                    q, acc, p, row_max, row_sum, shared, where, bounds, m0, 0, fill,
+                    terms, False, CONSUMER, options,
+                )  # fmt: skip
+                fill += 1
+            last = (fill - 1) % STAGES
+            mbarrier.wait(v_full.index(last), ((fill - 1) // STAGES) & 1)
+            acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            barrier_arrive(FIRST_BARRIER + STAGES + last, THREADS)
+        elif options[6] > 1:
+            _leave_q(shared, turn - 1, options)
+        first = m0 + 64 * CONSUMER
+        _store(acc, row_max, row_sum, q, out, lse, terms, place, number, head, first, options)
+        if options[6] == 1:
+            _leave_q(shared, turn, options)
+        turn += 1
+        number, head, tile = _read_item(shared, turn, options)
+    tma_store_wait(0)
+
+
+@gluon.jit(do_not_specialize=LENGTHS)
+def attention_forward(
+    q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, sinks, counter,
+    cu_seqlens_q, cu_seqlens_k, key_range, lists, band, scale, softcap, out_strides, lse_strides,
+    num_tiles, num_heads, batch, seqlen_q, seqlen_k, heads_per_group,
+    GROUP_SIZE: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """out and lse of all rows; `counter` int32 (1,) is 0. Descriptors are (batch, heads, rows, head_dim)."""
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, BLOCK_D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], v_desc.layout)
+    slots = gl.allocate_shared_memory(gl.int32, [3 * Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(stage), count=1)
+        mbarrier.init(q_empty.index(stage), count=CONSUMERS)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+    fence_async_shared()
+    shared = (q_smem, k_smem, v_smem, slots, q_full, q_empty, k_full, v_full)
+    where = (cu_seqlens_q, cu_seqlens_k, key_range, lists, band, seqlen_q, seqlen_k)
+    options: gl.constexpr = (GROUP_SIZE, BLOCK_N, BLOCK_D, HEAD_DIM_V, CONSUMERS, STAGES, Q_STAGES)
+    producer = (
+        (q_desc, k_desc, v_desc),
+        shared,
+        where,
+        counter,
+        (num_tiles, num_heads, batch, heads_per_group),
+        options,
+    )
+    terms, out, lse = (scale, softcap, sinks), (out_desc, cu_seqlens_q, out_ptr, out_strides), (lse_ptr, lse_strides)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, shared, where, terms, out, lse, options)),
+                (_consume, (1, shared, where, terms, out, lse, options)),
+                (_produce, producer),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, shared, where, terms, out, lse, options)),
+                (_consume, (1, shared, where, terms, out, lse, options)),
+                (_consume, (2, shared, where, terms, out, lse, options)),
+                (_produce, producer),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
