@@ -148,21 +148,33 @@ def is_quantized(keys: KV) -> bool:
     return keys.keys.dtype in QUANTIZED
 
 
-def gather(keys: KV, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """k and v (batch, capacity, num_kv_heads, dim) in `dtype`, token p of each sequence in row p; scaled, not masked.
+def rows_of(keys: KV, sequence: int, begin: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """k and v (end - begin, num_kv_heads, dim) of tokens [begin, end) of one sequence, scaled, in `dtype`.
 
-    Plain PyTorch, for the oracle and the CPU. Rows past the length hold whatever is there; of a ring, row p holds the
-    last token whose position is p modulo the capacity. Table entries out of range give row 0 of the pool.
+    Plain PyTorch, for the oracle and the CPU; a view where tokens lie in order and nothing has to be converted.
     """
-    k, v = keys.keys, keys.values
-    if keys.block_table is None:
-        return _scaled(k, keys.key_scales, dtype), _scaled(v, keys.value_scales, dtype)
-    table = keys.block_table.long()
-    table = torch.where((table >= 0) & (table < k.shape[0]), table, 0)  # unused entries may be anything
-    return tuple(
-        _scaled(rows[table].flatten(1, 2), None if scales is None else scales[table].flatten(1, 2), dtype)
-        for rows, scales in ((k, keys.key_scales), (v, keys.value_scales))
-    )  # type: ignore[return-value]
+    where: Tensor | slice
+    if isinstance(keys, PagedKV):
+        first, size = begin // keys.page_size, keys.page_size
+        pages = keys.block_table[sequence, first : -(-end // size)].long()
+
+        def take(storage: Tensor) -> Tensor:
+            return storage[pages].flatten(0, 1)[begin - first * size : end - first * size]
+    else:
+        where = slice(begin, end)
+        if isinstance(keys, RingKV):
+            turn = begin // max(1, keys.capacity) * keys.capacity
+            where = slice(begin - turn, end - turn)
+            if end - turn > keys.capacity:
+                where = torch.arange(begin, end, device=keys.k.device) % keys.capacity
+
+        def take(storage: Tensor) -> Tensor:
+            return storage[sequence][where]
+
+    return (
+        _scaled(take(keys.keys), None if keys.key_scales is None else take(keys.key_scales), dtype),
+        _scaled(take(keys.values), None if keys.value_scales is None else take(keys.value_scales), dtype),
+    )
 
 
 def _scaled(rows: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,356 @@
+"""Decode kernels: a few query rows of each sequence over a KV cache, split over keys, then merged.
+
+The answer is one fixed tree, whoever computes which part of it: keys fall into units of UNIT keys, units into groups
+of UNITS, by absolute position. A program takes one unit or one whole group, and `decode_merge` does the rest, with the
+same helpers; so the bits of a row depend neither on the batch nor on the capacity (docs/design/decode.md).
+Where a key lies is `key_places`; which rows a program has is `row_places`; scores are in units of log2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hasten.ops.portable.cells import LOG2E, tanh
+from hasten.ops.portable.visits import load_inside, sequence
+
+# units in a group: a part of the definition of the answer, as UNIT is (decode_launch.py)
+GROUP = tl.constexpr(8)
+SIZES = ("batch", "num_tiles", "num_parts", "part_stride", "first_part", "seqlen_q", "capacity", "prefix")
+
+
+@triton.jit
+def key_span(length, length_q, left, capacity, prefix, RING: tl.constexpr):
+    """[first, end) of the keys that any query of a sequence sees, those of a shared prefix left out."""
+    first, end = prefix, length
+    if not RING:
+        end = tl.minimum(length, capacity)
+    if left is not None:
+        first = tl.maximum(first, length - length_q - left)
+    return tl.maximum(first, 0), end
+
+
+@triton.jit
+def row_places(
+    cu_seqlens_q, lengths, number, tile, batch, seqlen_q, q_strides,
+    GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """(sequence, its length, its queries, query, first query's token, head in group, element of q, in range) by row.
+
+    Rows are (query, head of the group) of one sequence, or with SHARED (sequence, query, head) of the batch.
+    """
+    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, head = index // GROUP_SIZE, index % GROUP_SIZE
+    if SHARED:
+        number = token // seqlen_q
+        inside, query, length_q, start = number < batch, token % seqlen_q, seqlen_q, number * seqlen_q
+        length = tl.load(lengths + number, mask=inside, other=0)
+        at = number.to(tl.int64) * q_strides[0]
+    else:
+        at, length_q = sequence(cu_seqlens_q, number, seqlen_q, q_strides)
+        inside, query, length = token < length_q, token, tl.load(lengths + number)
+        start = number * seqlen_q
+        if cu_seqlens_q is not None:
+            start = tl.load(cu_seqlens_q + number)
+    return number, length, length_q, query, start, head, at + query.to(tl.int64) * q_strides[1], inside
+
+
+@triton.jit
+def row_bounds(length, length_q, query, band, capacity, prefix, RING: tl.constexpr, SHARED: tl.constexpr):
+    """(position, first, end) by row: keys [first, end) are visible; with SHARED those of the prefix alone."""
+    position = length - length_q + query
+    first, end = position * 0, position * 0 + length
+    if not RING:
+        end = tl.minimum(end, capacity)
+    if band[0] is not None:
+        first = tl.maximum(first, position - band[0])
+    if band[1] is not None:
+        end = tl.minimum(end, position + band[1] + 1)
+    if SHARED:
+        end = tl.minimum(end, prefix)
+    else:
+        first = tl.maximum(first, prefix)
+    return position, first, end
+
+
+@triton.jit
+def key_places(table, number, keys, inside, capacity, PAGE_SIZE: tl.constexpr, RING: tl.constexpr):
+    """Where keys lie: (index of the page or batch entry, row in it), int64. `table`: the sequence's own row of it."""
+    if table is not None:
+        page = tl.load(table + keys // PAGE_SIZE, mask=inside, other=0)
+        return page.to(tl.int64), (keys % PAGE_SIZE).to(tl.int64)
+    else:
+        row = keys
+        if RING:
+            row = keys % capacity
+        return tl.cast(number, tl.int64), row.to(tl.int64)
+
+
+@triton.jit
+def load_scales(scales, page, row, head, strides, inside):
+    """float32 (keys,): the scales of 8-bit keys or values, None for others."""
+    if scales is None:
+        return None
+    else:
+        return tl.load(scales + page * strides[0] + row * strides[1] + head * strides[2], mask=inside, other=0.0)
+
+
+@triton.jit
+def _scores(raw, k_scale, slope, positions, keys, terms):
+    """Scores in units of log2; terms: (scale, softcap)."""
+    if k_scale is not None:
+        raw = raw * k_scale[None, :]
+    if terms[1] is None:
+        value = raw * (terms[0] * LOG2E)
+    else:
+        value = tanh(raw * terms[0] / terms[1]) * (terms[1] * LOG2E)
+    if slope is not None:
+        value -= (slope * LOG2E)[:, None] * tl.abs(positions[:, None] - keys[None, :]).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _key_tile(state, q, k, v, k_scale, v_scale, keep, slope, positions, keys, terms, PRECISION: tl.constexpr):
+    """(acc, row_max, row_sum) after one more tile of keys. `keep`: bool tile, None if every cell is visible."""
+    acc, row_max, row_sum = state
+    value = _scores(
+        tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION), k_scale, slope, positions, keys, terms
+    )
+    if keep is not None:
+        value = tl.where(keep, value, -float("inf"))
+    new_max = tl.maximum(row_max, tl.max(value, 1))
+    safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)
+    p = tl.exp2(value - safe_max[:, None])
+    rescale = tl.exp2(row_max - safe_max)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    if v_scale is not None:
+        p = p * v_scale[None, :]
+        if q.dtype != tl.float32:  # in float16 a small scale would leave p without bits
+            return tl.dot(p.to(tl.bfloat16), v.to(tl.bfloat16), acc * rescale[:, None]), new_max, row_sum
+    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * rescale[:, None], input_precision=PRECISION)
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def joined(total, part):
+    """The state of two disjoint sets of keys, `part` after `total`; states are (acc (..., dims), max, sum).
+
+    The products are fused by hand: both kernels have to give the same bits.
+    """
+    new_max = tl.maximum(total[1], part[1])
+    safe = tl.where(new_max == -float("inf"), 0.0, new_max)
+    old, new = tl.exp2(total[1] - safe), tl.exp2(part[1] - safe)
+    acc = tl.fma(part[0], tl.expand_dims(new, -1), total[0] * tl.expand_dims(old, -1))
+    return acc, new_max, tl.fma(part[2], new, total[2] * old)
+
+
+@triton.jit
+def _next_unit(group, unit, starts):
+    """(group, unit) before a tile; where it `starts` a unit, the last one goes into the group."""
+    acc, row_max, row_sum = joined(group, unit)
+    group = tl.where(starts, acc, group[0]), tl.where(starts, row_max, group[1]), tl.where(starts, row_sum, group[2])
+    empty = tl.where(starts, -float("inf"), unit[1])
+    return group, (tl.where(starts, 0.0, unit[0]), empty, tl.where(starts, 0.0, unit[2]))
+
+
+@triton.jit
+def _empty(SHAPE: tl.constexpr, DIMS: tl.constexpr):
+    """The state of no keys."""
+    acc = tl.zeros([SHAPE, DIMS], tl.float32)
+    return acc, tl.full([SHAPE], -float("inf"), tl.float32), tl.zeros([SHAPE], tl.float32)
+
+
+@triton.jit
+def finished(state, sink):
+    """(out, lse) of a state; `sink`: one more score of each row, without a value, or None."""
+    acc, row_max, row_sum = state
+    if sink is not None:
+        top = tl.maximum(row_max, sink * LOG2E)
+        safe = tl.where(top == -float("inf"), 0.0, top)
+        share = tl.exp2(row_max - safe)
+        acc, row_sum, row_max = (
+            acc * tl.expand_dims(share, -1),
+            tl.fma(row_sum, share, tl.exp2(sink * LOG2E - safe)),
+            top,
+        )
+    is_empty = row_sum == 0.0
+    row_sum = tl.where(is_empty, 1.0, row_sum)
+    lse = tl.where(is_empty, -float("inf"), (row_max + tl.log2(row_sum)) / LOG2E)
+    return acc / tl.expand_dims(row_sum, -1), lse
+
+
+@triton.jit(do_not_specialize=SIZES)
+def decode_part(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, acc_ptr, max_ptr, sum_ptr,
+    table, lengths, k_scales, v_scales, sinks, slopes, cu_seqlens_q, terms, band,
+    q_strides, k_strides, v_strides, k_scale_strides, v_scale_strides, lse_strides, table_stride, slope_stride,
+    batch, num_tiles, num_kv_heads, num_parts, part_stride, first_part, seqlen_q, capacity, prefix,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, RING: tl.constexpr, SHARED: tl.constexpr, DIRECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys for BLOCK_M rows: its state into acc, max, sum, or out and lse if DIRECT.
+
+    UNITS: 1 or GROUP units a part, 0: all keys in one part, which is no tree but one online softmax, as are the parts
+    of a SHARED prefix. acc: float32 (tokens,
+    num_heads, part_stride, HEAD_DIM_V), max and sum (tokens, num_heads, part_stride), parts from first_part on.
+    terms: (scale, softcap); band: (left, right). Strides in elements: (batch or page, row, head).
+    """
+    NESTED: tl.constexpr = UNITS > 1 and not SHARED
+    program = tl.program_id(0)
+    tile, kv_head = program % num_tiles, (program // num_tiles) % num_kv_heads
+    part, number = program // num_tiles // num_kv_heads % num_parts, program // num_tiles // num_kv_heads // num_parts
+    owner, length, length_q, query, start, head, q_at, inside = row_places(
+        cu_seqlens_q, lengths, number, tile, batch, seqlen_q, q_strides, GROUP_SIZE, BLOCK_M, SHARED
+    )
+    head += kv_head * GROUP_SIZE
+    position, first, end = row_bounds(length, length_q, query, band, capacity, prefix, RING, SHARED)
+    low, high = tl.min(tl.where(inside, first, 2147483647)), tl.max(tl.where(inside, end, 0))
+    is_needed = tl.max(inside.to(tl.int32)) > 0
+    if UNITS > 0:
+        base, stop = 0, prefix
+        if not SHARED:
+            base, stop = key_span(length, length_q, band[0], capacity, prefix, RING)
+        begin = (base // (UNIT * UNITS) + part) * (UNIT * UNITS)
+        low, high = tl.maximum(low, begin), tl.minimum(high, begin + UNIT * UNITS)
+        if not DIRECT:
+            is_needed = is_needed & (begin < stop)
+    if is_needed:
+        columns, dims, dims_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+        in_dims, in_dims_v = dims[None, :] < HEAD_DIM, dims_v[None, :] < HEAD_DIM_V
+        EVEN: tl.constexpr = BLOCK_D == HEAD_DIM
+        EVEN_V: tl.constexpr = BLOCK_DV == HEAD_DIM_V
+        q_rows = q_ptr + (q_at + head.to(tl.int64) * q_strides[2])[:, None]
+        q = load_inside(q_rows + dims[None, :], inside, in_dims, EVEN)
+        slope, own_table = None, None
+        if slopes is not None:
+            slope = tl.load(slopes + owner * slope_stride + head, mask=inside, other=0.0)
+        if table is not None:
+            own_table = table + number.to(tl.int64) * table_stride
+        k_ptr += kv_head.to(tl.int64) * k_strides[2]
+        v_ptr += kv_head.to(tl.int64) * v_strides[2]
+        state, group = _empty(BLOCK_M, BLOCK_DV), _empty(BLOCK_M, BLOCK_DV)
+        for step in range(tl.minimum(low, high) // BLOCK_N, tl.cdiv(high, BLOCK_N)):
+            keys = step * BLOCK_N + columns
+            seen = (keys >= low) & (keys < high)
+            page, row = key_places(own_table, number, keys, seen, capacity, PAGE_SIZE, RING)
+            k_rows = k_ptr + (page * k_strides[0] + row * k_strides[1])[:, None]
+            v_rows = v_ptr + (page * v_strides[0] + row * v_strides[1])[:, None]
+            k = load_inside(k_rows + dims[None, :], seen, in_dims, EVEN)
+            v = load_inside(v_rows + dims_v[None, :], seen, in_dims_v, EVEN_V)
+            k_scale = load_scales(k_scales, page, row, kv_head, k_scale_strides, seen)
+            v_scale = load_scales(v_scales, page, row, kv_head, v_scale_strides, seen)
+            keep = (keys[None, :] >= tl.maximum(first, low)[:, None]) & (keys[None, :] < tl.minimum(end, high)[:, None])
+            if NESTED:
+                group, state = _next_unit(group, state, step % (UNIT // BLOCK_N) == 0)
+            state = _key_tile(state, q, k, v, k_scale, v_scale, keep, slope, position, keys, terms, PRECISION)
+        if NESTED:
+            state = joined(group, state)
+
+        flat = (start + query).to(tl.int64) * (num_kv_heads * GROUP_SIZE) + head
+        if DIRECT:
+            sink = None
+            if sinks is not None:
+                sink = tl.load(sinks + head, mask=inside, other=0.0)
+            out, lse = finished(state, sink)
+            out_ptrs = out_ptr + flat[:, None] * HEAD_DIM_V + dims_v[None, :]
+            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & in_dims_v)
+            lse_at = owner.to(tl.int64) * lse_strides[0] + query * lse_strides[1] + head.to(tl.int64) * lse_strides[2]
+            if cu_seqlens_q is not None:
+                lse_at += start * lse_strides[1]
+            tl.store(lse_ptr + lse_at, lse, mask=inside)
+        else:
+            at = flat * part_stride + first_part + part
+            tl.store(acc_ptr + at[:, None] * HEAD_DIM_V + dims_v[None, :], state[0], mask=inside[:, None] & in_dims_v)
+            tl.store(max_ptr + at, state[1], mask=inside)
+            tl.store(sum_ptr + at, state[2], mask=inside)
+
+
+@triton.jit
+def _load_parts(acc_ptr, max_ptr, sum_ptr, at, parts, valid, dims, in_dims, HEAD_DIM_V: tl.constexpr):
+    """The states of parts (CHUNK,) of one row; of no keys where not `valid`."""
+    at += parts
+    acc = tl.load(acc_ptr + at[:, None] * HEAD_DIM_V + dims[None, :], mask=valid[:, None] & in_dims, other=0.0)
+    row_max = tl.load(max_ptr + at, mask=valid, other=-float("inf"))
+    return acc, row_max, tl.load(sum_ptr + at, mask=valid, other=0.0)
+
+
+@triton.jit
+def merged_parts(
+    state, acc_ptr, max_ptr, sum_ptr, at, base, stop, dims, in_dims,
+    HEAD_DIM_V: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """`state` joined with the parts of keys [base, stop), stored from element `at` of max and sum on.
+
+    Groups are taken CHUNK at a time, at absolute places, so that empty ones before and after change no bit.
+    """
+    first_part = base // (UNIT * UNITS)
+    end_part = tl.cdiv(stop, UNIT * UNITS)
+    for chunk in range(base // (UNIT * GROUP * CHUNK), tl.cdiv(stop, UNIT * GROUP * CHUNK)):
+        groups = chunk * CHUNK + tl.arange(0, CHUNK)
+        if UNITS == 1:
+            total = _empty(CHUNK, DIMS)
+            for unit in tl.static_range(GROUP):
+                parts = groups * GROUP + unit
+                valid = (parts >= first_part) & (parts < end_part)
+                total = joined(
+                    total,
+                    _load_parts(acc_ptr, max_ptr, sum_ptr, at, parts - first_part, valid, dims, in_dims, HEAD_DIM_V),
+                )
+        else:
+            valid = (groups >= first_part) & (groups < end_part)
+            total = _load_parts(acc_ptr, max_ptr, sum_ptr, at, groups - first_part, valid, dims, in_dims, HEAD_DIM_V)
+        top = tl.max(total[1], 0, keep_dims=True)
+        weight = tl.exp2(total[1] - tl.where(top == -float("inf"), 0.0, top))
+        acc = tl.sum(total[0] * weight[:, None], 0, keep_dims=True)
+        state = joined(state, (acc, top, tl.sum(total[2] * weight, 0, keep_dims=True)))
+    return state
+
+
+@triton.jit(do_not_specialize=SIZES)
+def decode_merge(
+    acc_ptr, max_ptr, sum_ptr, out_ptr, lse_ptr, lengths, sinks, cu_seqlens_q, left,
+    lse_strides, num_heads, part_stride, first_part, seqlen_q, capacity, prefix,
+    HEAD_DIM_V: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    PREFIX_UNITS: tl.constexpr, CHUNK: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """out and lse of one row, DIMS dimensions of it, from the states of its parts. Arguments as in `decode_part`.
+
+    PREFIX_UNITS: units in a part of the shared prefix, whose parts come first; 0 without one.
+    """
+    NUM_CHUNKS: tl.constexpr = (HEAD_DIM_V + DIMS - 1) // DIMS
+    program = tl.program_id(0)
+    chunk, head = program % NUM_CHUNKS, program // NUM_CHUNKS % num_heads
+    query, number = program // NUM_CHUNKS // num_heads % seqlen_q, program // NUM_CHUNKS // num_heads // seqlen_q
+    start, length_q, token = number * seqlen_q, seqlen_q, query
+    if cu_seqlens_q is not None:
+        start = tl.load(cu_seqlens_q + number)
+        length_q = tl.load(cu_seqlens_q + number + 1) - start
+        token = start + query
+    if query < length_q:
+        dims = chunk * DIMS + tl.arange(0, DIMS)
+        in_dims = dims[None, :] < HEAD_DIM_V
+        row = (start + query).to(tl.int64) * num_heads + head
+        at = row * part_stride
+        state = _empty(1, DIMS)
+        if PREFIX_UNITS > 0:
+            state = merged_parts(
+                state, acc_ptr, max_ptr, sum_ptr, at, 0, prefix, dims, in_dims,
+                HEAD_DIM_V, DIMS, UNIT, PREFIX_UNITS, CHUNK,
+            )  # fmt: skip
+        base, stop = key_span(tl.load(lengths + number), length_q, left, capacity, prefix, RING)
+        state = merged_parts(
+            state, acc_ptr, max_ptr, sum_ptr, at + first_part, base, stop, dims, in_dims,
+            HEAD_DIM_V, DIMS, UNIT, UNITS, CHUNK,
+        )  # fmt: skip
+        sink = None
+        if sinks is not None:
+            sink = tl.load(sinks + head)
+        out, lse = finished(state, sink)
+        out_ptrs = out_ptr + row * HEAD_DIM_V + dims[None, :]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_dims)
+        lse_at = number.to(tl.int64) * lse_strides[0] + token.to(tl.int64) * lse_strides[1]
+        lse_at += head.to(tl.int64) * lse_strides[2]
+        if chunk == 0:
+            tl.store(lse_ptr + lse_at + tl.arange(0, 1), lse)

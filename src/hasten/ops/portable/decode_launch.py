@@ -1,0 +1,216 @@
+"""Host side of the decode kernels: which parts, which tile, buffers for the parts, grids. All was checked above.
+
+Nothing here depends on the values of lengths or tables, so a captured call can be replayed with others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.ops.decode_call import DecodeCall
+from hasten.ops.kv import KV, PagedKV, RingKV
+from hasten.ops.portable.decode import decode_merge, decode_part
+from hasten.ops.portable.launch import limits
+
+#: keys of a unit, units of a group, groups that are merged at once: the tree that defines the bits of an answer
+UNIT, GROUP, CHUNK = 256, 8, 16
+#: queries of a sequence above which keys are not split: a chunk of a prompt has rows enough
+MOST_SPLIT = 16
+MOST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BLOCK_N keys, warps of a program, stages of the software pipeline."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (bytes of a stored number, largest padded head_dim) -> tile. Not measured yet: chosen so that two programs of a
+# Hopper SM hold 100 KB of keys in flight.
+TABLE: dict[tuple[int, int], Tile] = {
+    (1, 64): Tile(128, 4, 4),
+    (1, 128): Tile(64, 4, 4),
+    (1, 256): Tile(64, 4, 3),
+    (2, 64): Tile(64, 4, 4),
+    (2, 128): Tile(64, 4, 3),
+    (2, 256): Tile(32, 4, 3),
+    (4, 64): Tile(32, 4, 3),
+    (4, 128): Tile(32, 4, 3),
+    (4, 256): Tile(16, 4, 2),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is run. units: keys of a part in units, 1 or GROUP, 0 for all keys in one part."""
+
+    units: int
+    block_m: int
+    tile: Tile
+    prefix_units: int = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one call, the same names in dense and packed layout."""
+
+    batch: int
+    tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+
+    @classmethod
+    def of(cls, q: Tensor, keys: KV) -> Sizes:
+        """Read them off the tensors."""
+        tokens = q.shape[0] if q.ndim == 3 else q.shape[0] * q.shape[1]
+        num_kv_heads, head_dim_v = keys.values.shape[2:]
+        return cls(keys.batch, tokens, q.shape[-2], num_kv_heads, q.shape[-1], head_dim_v)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads of one K/V head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@lru_cache
+def _num_programs(device: torch.device) -> int:
+    """Programs that fill the GPU: fewer than that, and keys are split finer. Decides speed, never bits."""
+    if device.type != "cuda":
+        return 8
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def plan_for(q: Tensor, keys: KV, call: DecodeCall) -> Plan:
+    """The plan of a call, from shapes and the device alone."""
+    sizes = Sizes.of(q, keys)
+    rows = sizes.group_size * call.max_seqlen_q
+    block_d = max(_padded(sizes.head_dim), _padded(sizes.head_dim_v))
+    line = TABLE[min(key for key in TABLE if key[0] == keys.keys.element_size() and key[1] >= block_d)]
+    block_m = min(MOST_ROWS, _padded(rows))
+    if call.max_seqlen_q > MOST_SPLIT:
+        return Plan(0, block_m, line)
+    tiles = -(-rows // block_m) * sizes.num_kv_heads
+    is_full = sizes.batch * tiles * _num_parts(keys, call, GROUP) >= _num_programs(q.device)
+    prefix_units = 0
+    if call.shared_prefix:
+        shared_tiles = -(-rows * sizes.batch // MOST_ROWS) * sizes.num_kv_heads
+        is_full_prefix = shared_tiles * -(-call.shared_prefix // (UNIT * GROUP)) >= _num_programs(q.device) // 2
+        prefix_units = GROUP if is_full_prefix else 1
+    return Plan(GROUP if is_full else 1, block_m, line, prefix_units)
+
+
+def _num_parts(keys: KV, call: DecodeCall, units: int) -> int:
+    """The most parts that a sequence can have behind a shared prefix."""
+    if units == 0:
+        return 1
+    step = UNIT * units
+    bounds = [] if isinstance(keys, RingKV) else [-(-keys.capacity // step) - call.shared_prefix // step]
+    if call.left is not None:
+        bounds.append((call.left + call.max_seqlen_q + step - 2) // step + 1)
+    return max(min(bounds), 1)
+
+
+def forward(q: Tensor, keys: KV, call: DecodeCall, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) in the layouts of `decode.decode_attention`."""
+    sizes = Sizes.of(q, keys)
+    plan = plan_for(q, keys, call) if plan is None else plan
+    call = call if plan.prefix_units else replace(call, shared_prefix=0)
+    out = q.new_empty((*q.shape[:-1], sizes.head_dim_v))
+    shape = (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    lse = q.new_empty(shape, dtype=torch.float32)
+    num_parts = _num_parts(keys, call, plan.units)
+    num_shared = -(-call.shared_prefix // (UNIT * plan.prefix_units)) if plan.prefix_units else 0
+    if num_parts + num_shared == 1:
+        _parts(q, keys, call, plan, (out, lse), (None, None, None), (1, 1, 0))
+        return out, lse
+    total = num_parts + num_shared
+    acc = q.new_empty((sizes.tokens, sizes.num_heads, total, sizes.head_dim_v), dtype=torch.float32)
+    statistics = q.new_empty((2, sizes.tokens, sizes.num_heads, total), dtype=torch.float32)
+    parts = (acc, statistics[0], statistics[1])
+    if num_shared:
+        _parts(q, keys, call, plan, (None, lse), parts, (num_shared, total, 0), is_shared=True)
+    _parts(q, keys, call, plan, (None, lse), parts, (num_parts, total, num_shared))
+    dims = min(32, _padded(sizes.head_dim_v))
+    programs = keys.batch * call.max_seqlen_q * sizes.num_heads * -(-sizes.head_dim_v // dims)
+    decode_merge[(programs,)](
+        *parts, out, lse, keys.cache_seqlens, call.sinks, call.cu_seqlens_q, call.left, _row_strides(lse),
+        sizes.num_heads, total, num_shared, call.max_seqlen_q, keys.capacity, call.shared_prefix,
+        HEAD_DIM_V=sizes.head_dim_v, DIMS=dims, UNIT=UNIT, UNITS=plan.units, PREFIX_UNITS=plan.prefix_units,
+        CHUNK=CHUNK, RING=isinstance(keys, RingKV), num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+def _parts(
+    q: Tensor,
+    keys: KV,
+    call: DecodeCall,
+    plan: Plan,
+    results: tuple[Tensor | None, Tensor],
+    parts: tuple[Tensor | None, Tensor | None, Tensor | None],
+    place: tuple[int, int, int],
+    is_shared: bool = False,
+) -> None:
+    """Launch `decode_part`; place: (parts to compute, parts in the buffers, first of them)."""
+    sizes = Sizes.of(q, keys)
+    out, lse = results
+    rows = sizes.group_size * call.max_seqlen_q * (sizes.batch if is_shared else 1)
+    block_m = min(MOST_ROWS, _padded(rows)) if is_shared else plan.block_m
+    num_tiles = -(-rows // block_m)
+    grid = (num_tiles * sizes.num_kv_heads * place[0] * (1 if is_shared else sizes.batch),)
+    table = keys.block_table
+    decode_part[grid](
+        q, keys.keys, keys.values, out, lse, *parts,
+        table, keys.cache_seqlens, keys.key_scales, keys.value_scales, call.sinks, call.slopes, call.cu_seqlens_q,
+        (call.softmax_scale, call.softcap or None), (call.left, call.right),
+        _strides(q), keys.keys.stride()[:3], keys.values.stride()[:3], _scale_strides(keys.key_scales),
+        _scale_strides(keys.value_scales), _row_strides(lse), 0 if table is None else table.stride(0),
+        0 if call.slopes is None or call.slopes.shape[0] == 1 else call.slopes.shape[1],
+        sizes.batch, num_tiles, sizes.num_kv_heads, *place, call.max_seqlen_q, keys.capacity, call.shared_prefix,
+        GROUP_SIZE=sizes.group_size, HEAD_DIM=sizes.head_dim, HEAD_DIM_V=sizes.head_dim_v,
+        BLOCK_D=_padded(sizes.head_dim), BLOCK_DV=_padded(sizes.head_dim_v), BLOCK_M=block_m,
+        BLOCK_N=plan.tile.block_n, UNIT=UNIT, UNITS=plan.prefix_units if is_shared else plan.units,
+        PAGE_SIZE=keys.page_size if isinstance(keys, PagedKV) else 0, RING=isinstance(keys, RingKV),
+        SHARED=is_shared, DIRECT=out is not None, PRECISION="ieee",
+        num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages,
+    )  # fmt: skip
+
+
+def _strides(q: Tensor) -> tuple[int, int, int]:
+    """(batch, row, head) strides of q; packed rows have no batch."""
+    return (0, q.stride(0), q.stride(1)) if q.ndim == 3 else (q.stride(0), q.stride(1), q.stride(2))
+
+
+def _row_strides(lse: Tensor) -> tuple[int, int, int]:
+    """(batch, row, head) strides of lse."""
+    return (0, lse.stride(1), lse.stride(0)) if lse.ndim == 2 else (lse.stride(0), lse.stride(2), lse.stride(1))
+
+
+def _scale_strides(scales: Tensor | None) -> Any:
+    return None if scales is None else scales.stride()
+
+
+def refuses(q: Tensor, keys: KV, call: DecodeCall) -> str | None:
+    """Why the call is outside the envelope, or None."""
+    if q.dtype == torch.float64:
+        return "float64 is not offered (use reference or blockwise)"
+    if max(q.shape[-1], keys.values.shape[-1]) > 256:
+        return f"head_dim up to 256, got {max(q.shape[-1], keys.values.shape[-1])}"
+    gpu = limits(q.device)
+    if keys.keys.dtype == torch.float8_e4m3fn and gpu is not None and gpu.capability < 89:
+        return "float8_e4m3fn needs compute capability 8.9"
+    return None
