@@ -63,6 +63,8 @@ def test_the_environment_names_device_versions_commit_and_command(monkeypatch):
     assert place["device"] == machine.device_name(CPU) != ""
     assert place["threads"] == torch.get_num_threads()
     assert place["run"] != records.environment(CPU)["run"]
+    assert place["peers"].get("transformers") == machine.package_version("transformers")
+    assert all(place["peers"].values())  # those that are here
 
 
 def test_the_commit_is_that_of_the_sources():

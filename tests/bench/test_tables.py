@@ -85,9 +85,9 @@ def test_what_a_call_costs_beside_device_time_is_a_table():
     some = [attention("hasten_portable", 5.0), attention("flex", None), attention("sdpa_flash", 4.0, host_us=None)]
     some[0]["saved_bytes"] = 1 << 20
     grid = tables.grids(some)[1]
-    assert grid.title.startswith("Attention forward, host time of a call, first call, memory beyond the inputs, bf16")
+    assert grid.title.startswith("Attention forward, us of host a call / s of first call / MiB beyond the inputs, bf16")
     assert grid.columns == ["", "hasten_portable", "flex", "sdpa_flash"]
-    assert [cell.text for cell in grid.rows[0]][1:] == ["12 us, 1.2 s, 4 MiB", "—", "1.2 s, 3 MiB"]
+    assert [cell.text for cell in grid.rows[0]][1:] == ["12 / 1.23 / 4", "—", "— / 1.23 / 3"]
 
 
 def test_means_are_geometric_by_group_over_the_best_peer_and_each():

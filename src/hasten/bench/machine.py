@@ -13,7 +13,17 @@ from pathlib import Path
 import torch
 
 #: Packages whose versions change what hasten does or how fast.
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn", "matplotlib")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "flash-attn",
+    "flash-attn-4",
+    "matplotlib",
+)
 
 
 def describe() -> dict[str, str | None]:

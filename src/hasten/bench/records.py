@@ -24,6 +24,8 @@ from hasten.ops.cost import Rates
 
 Record = dict[str, Any]
 
+_PEER_PACKAGES = ("flash-attn", "flash-attn-4", "nvidia-cutlass-dsl", "transformers")
+
 
 def environment(device: torch.device, commit: str | None = None) -> Record:
     """Where and with what a run was made. `commit`: for a copy of the sources that git does not know."""
@@ -37,6 +39,7 @@ def environment(device: torch.device, commit: str | None = None) -> Record:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": machine.package_version("triton"),
+        "peers": {name: found for name in _PEER_PACKAGES if (found := machine.package_version(name))},
         "commit": commit or machine.git_commit(),
         "command": command(),
     }

@@ -59,7 +59,7 @@ def grids(all_records: Sequence[Record]) -> list[Grid]:
         title = f"Attention {phase}, {unit}, {dtype}, {device} ({_versions(some)})"
         made.append(_pivot(title, some, CASES["attention"], _attention_row, partial(_throughput, scale), _ratio))
         place = f"{dtype}, {device} ({_versions(some)})"
-        title = f"Attention {phase}, host time of a call, first call, memory beyond the inputs, {place}"
+        title = f"Attention {phase}, us of host a call / s of first call / MiB beyond the inputs, {place}"
         made.append(_pivot(title, some, CASES["attention"], _attention_row, _costs))
         made += _means(f"Attention {phase}, ours / peer, geometric means, {place}", some)
     training = newest([record for record in all_records if record["kind"] == "training"], CASES["training"])
@@ -139,17 +139,16 @@ def _ratio(row: list[Record]) -> tuple[str, str]:
 
 
 def _costs(record: Record) -> tuple[str, float]:
-    """Host microseconds, seconds of the first call, MiB; of a backward with what its forward saved."""
+    """Host microseconds, seconds of the first call, MiB beyond the inputs; of a backward with what was saved for it."""
     if record["status"] != "ok":
         return _SHORT[record["status"]], 0.0
-    parts = []
-    if record.get("host_us") is not None:
-        parts.append(f"{record['host_us']:.0f} us")
-    if record.get("first_call_s") is not None:
-        parts.append(f"{record['first_call_s']:.2g} s")
-    if record.get("peak_bytes") is not None:
-        parts.append(f"{(record['peak_bytes'] + record.get('saved_bytes', 0)) / 2**20:.0f} MiB")
-    return ", ".join(parts) or MISSING, 0.0
+    host_us, first_s, peak = (record.get(name) for name in ("host_us", "first_call_s", "peak_bytes"))
+    numbers = (
+        MISSING if host_us is None else f"{host_us:.0f}",
+        MISSING if first_s is None else f"{first_s:.2f}",
+        MISSING if peak is None else f"{(peak + record.get('saved_bytes', 0)) / 2**20:.0f}",
+    )
+    return " / ".join(numbers), 0.0
 
 
 def group(record: Record) -> str:

@@ -188,7 +188,7 @@ class Collector:
     def show(self) -> None:
         """Print the tables, unless JSON was asked for."""
         if not self.as_json:
-            console = Console(width=None if sys.stdout.isatty() else 200)
+            console = Console(width=None if sys.stdout.isatty() else 240)
             for grid in tables.grids(self.records):
                 console.print(to_rich(grid))
         if self.path is not None:
