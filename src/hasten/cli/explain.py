@@ -19,7 +19,12 @@ def explain(
     heads: Annotated[int, typer.Option(min=1)] = 16,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="As many as heads by default.")] = None,
     head_dim: Annotated[int, typer.Option(min=1)] = 128,
-    mask: Annotated[str, typer.Option(help="causal, full, window:LEFT,RIGHT or longformer:WINDOW,GLOBAL.")] = "causal",
+    mask: Annotated[
+        str,
+        typer.Option(
+            help="causal, full, window:LEFT,RIGHT, longformer:WINDOW,GLOBAL, blocks:PERCENT or documents:MEAN."
+        ),
+    ] = "causal",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     device: Device = None,
     implementation: Annotated[str | None, typer.Option(help="Force one, to hear why it cannot.")] = None,
@@ -36,5 +41,5 @@ def explain(
         dtype=parse_dtype(dtype),
     )
     q, k, v = problem.empty_tensors(find_device(device))
-    told = explain_attention(q, k, v, problem.pattern.mask(), implementation=implementation)
+    told = explain_attention(q, k, v, problem.mask(q.device), implementation=implementation)
     print(json.dumps(asdict(told)) if as_json else told)
