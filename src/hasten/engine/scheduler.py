@@ -1,0 +1,163 @@
+"""Which tokens of which sequences the next forward computes, under a budget of tokens and of pages.
+
+First come, first served. A step first gives every decoding sequence its token, then prompts what is left of the
+budget, cut where it ends, then lets waiting sequences in. Where pages run out, the last to have come gives its up
+and computes again later. Plain and deterministic: no tensor, no model, no clock of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from hasten.cache.ledger import Ledger
+from hasten.cache.pages import Copy
+from hasten.engine.sequence import Sequence, State
+from hasten.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens `start` to `start + count` of a sequence, for which it now has room, and pages to copy before."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    copies: tuple[list[Copy], ...]
+
+    @property
+    def is_last(self) -> bool:
+        """True if nothing known is left after it: its last row gives the next token."""
+        return self.start + self.count == self.sequence.num_tokens
+
+
+@dataclass
+class Step:
+    """What one forward computes: `chunks`, decoding sequences first; and who was preempted for it."""
+
+    budget: int
+    chunks: list[Chunk] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """Waiting and running sequences, each in order of arrival.
+
+    max_batch_tokens: of one forward. max_running: sequences in the batches at once.
+    Raises ArgumentError for settings under which a prompt could wait for ever.
+    """
+
+    def __init__(self, ledger: Ledger, *, max_batch_tokens: int, max_running: int) -> None:
+        for name, value in (("max_batch_tokens", max_batch_tokens), ("max_running", max_running)):
+            if value < 1:
+                raise ArgumentError(name, "at least 1", value, "leave it out for a good one")
+        if max_running > max_batch_tokens:
+            expected = f"at least max_running, {max_running}, so that each sequence has a token in every step"
+            raise ArgumentError("max_batch_tokens", expected, max_batch_tokens, "raise it or lower max_running")
+        self.ledger, self.max_batch_tokens, self.max_running = ledger, max_batch_tokens, max_running
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """True if there is nothing to do."""
+        return not self.waiting and not self.running
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All that wait or run."""
+        return [*self.running, *self.waiting]
+
+    def fits(self, num_tokens: int) -> bool:
+        """True if a sequence that grows to so many computed tokens can be served at all."""
+        return self.ledger.fits(num_tokens, self.max_batch_tokens)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a new sequence wait for its turn."""
+        sequence.state = State.WAITING
+        insort(self.waiting, sequence, key=_arrival)
+
+    def fork(self, sequence: Sequence, arrival: int) -> Sequence:
+        """A running sequence once more, with the same tokens in the same pages; takes one of its seats."""
+        assert sequence.state is State.RUNNING, f"a {sequence.state.value} sequence cannot be forked"
+        sequence.seats = max(1, sequence.seats - 1)
+        other = Sequence(
+            tokens=list(sequence.tokens),
+            holding=sequence.holding.fork(),
+            arrival=arrival,
+            deadline_s=sequence.deadline_s,
+            state=State.RUNNING,
+        )
+        insort(self.running, other, key=_arrival)
+        return other
+
+    def finish(self, sequence: Sequence) -> None:
+        """Let a sequence go, whatever its state, with all that it holds; once more changes nothing."""
+        if sequence.state is not State.FINISHED:
+            (self.waiting if sequence.state is State.WAITING else self.running).remove(sequence)
+            sequence.state = State.FINISHED
+            sequence.holding.free()
+
+    def expired(self, now_s: float) -> list[Sequence]:
+        """Those whose deadline is past."""
+        return [one for one in self.sequences if one.deadline_s is not None and one.deadline_s <= now_s]
+
+    def schedule(self) -> Step:
+        """What to compute next; the pages for it are taken, and count as computed from now on."""
+        step = Step(self.max_batch_tokens)
+        running = list(self.running)
+        for sequence in [one for one in running if one.num_left == 1] + [one for one in running if one.num_left > 1]:
+            self._advance(sequence, step)
+        if not step.preempted:
+            self._admit(step)
+        return step
+
+    def _advance(self, sequence: Sequence, step: Step) -> None:
+        """As many tokens of a running sequence as the budget allows, for which others may have to go."""
+        count = min(sequence.num_left, step.budget)
+        if sequence.state is not State.RUNNING or count == 0:
+            return
+        sequence.holding.slide()
+        while not sequence.holding.can_grow(count):
+            victim = self.running[-1]
+            self._preempt(victim, step)
+            if victim is sequence:
+                return
+        start = sequence.num_computed
+        step.chunks.append(Chunk(sequence, start, count, sequence.holding.grow(count)))
+        step.budget -= count
+
+    def _admit(self, step: Step) -> None:
+        """Let the first that wait in, as long as their known tokens have room beside a page for each that runs.
+
+        Nobody overtakes: a long prompt at the head is not starved by short ones behind it.
+        """
+        while self.waiting and step.budget > 0:
+            head = self.waiting[0]
+            has_seats = sum(one.seats for one in self.running) + head.seats <= self.max_running
+            if not has_seats or not self.ledger.has_room(head.num_tokens, self.max_batch_tokens, len(self.running)):
+                return
+            self.waiting.pop(0)
+            head.state = State.RUNNING
+            insort(self.running, head, key=_arrival)
+            self._advance(head, step)
+
+    def _preempt(self, victim: Sequence, step: Step) -> None:
+        """Give up its pages, and what this step had planned for it; it waits, before all that came later."""
+        for chunk in [one for one in step.chunks if one.sequence is victim]:
+            step.chunks.remove(chunk)
+            step.budget += chunk.count
+        self.running.remove(victim)
+        victim.holding.free()
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        step.preempted.append(victim)
+        self.add(victim)
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+__all__ = ["Chunk", "Scheduler", "Step"]

@@ -1,0 +1,54 @@
+"""One sequence of tokens on its way through the engine, as the scheduler sees it: how long, how far, in what state."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from hasten.cache.ledger import Holding
+
+
+class State(enum.Enum):
+    """Where a sequence is: not begun or preempted, in the batches, or out of the engine."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence:
+    """Tokens known so far, of the prompt and new ones, and how many of them are computed.
+
+    arrival: earlier ones go first, and are preempted last. seats: places in a batch that it will take, more than
+    one if it is to be forked. deadline_s: the time, on the scheduler's clock, at which it is too late. owner: whose
+    it is; the scheduler does not look.
+    """
+
+    tokens: list[int]
+    holding: Holding
+    arrival: int
+    seats: int = 1
+    deadline_s: float | None = None
+    owner: Any = None
+    state: State = field(default=State.WAITING)
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far."""
+        return len(self.tokens)
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose K and V are, or are being, computed: the rest is to be scheduled."""
+        return self.holding.num_tokens
+
+    @property
+    def num_left(self) -> int:
+        """Tokens to compute before the next one can be chosen; 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+
+__all__ = ["Sequence", "State"]
