@@ -1,0 +1,156 @@
+"""What the backward kernels of Hopper share: where a tile lies, which cells it has, what a score becomes.
+
+Tiles of scores are transposed, (64 keys, BLOCK_M rows), so that probabilities and their gradients are operands of dV
+and dK as they stand in registers.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from hasten.ops.hopper import bridge
+from hasten.ops.hopper.cells import LOG2E, accumulator, hide_values, keys_word, tanh
+from hasten.ops.hopper.visits import partial_entry, query_visits, visited
+
+
+@gluon.jit
+def load_rows(descriptor, at, row, column, head, barrier, buffer):
+    """TMA of rows [row, row + box) of one head of a sequence; zeros beyond its end. at: (batch, first row, length).
+
+    A packed sequence ends inside the tensor: `backward_launch.rows_descriptor` describes that in five dimensions.
+    """
+    batch, first, length = at
+    if len(descriptor.block_shape) == 4:
+        bridge.tma_load(descriptor, [batch, head, row, column], barrier, buffer)
+    else:
+        bridge.tma_load(descriptor, [2**30, first + length, head, 2**30 - length + row, column], barrier, buffer)
+
+
+@gluon.jit
+def store_rows(descriptor, at, row, column, head, buffer):
+    """TMA store of what `load_rows` would read; nothing is written beyond the end of the sequence."""
+    batch, first, length = at
+    if len(descriptor.block_shape) == 4:
+        bridge.tma_store(descriptor, [batch, head, row, column], buffer)
+    else:
+        bridge.tma_store(descriptor, [2**30, first + length, head, 2**30 - length + row, column], buffer)
+
+
+@gluon.jit
+def visits_of(walk, head, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """`query_visits` of one query head for a tile of keys.
+
+    walk: (lists, (sequence, tile of keys), K/V head, band, bounds of the real keys, (length_q, length_k)).
+    """
+    lists, place, _kv_head, band, bounds, lengths = walk
+    length_q, length_k = lengths
+    column, n0 = place[1], place[1] * BLOCK_N
+    if lists is not None:
+        column = place[0] * lists[4] + head * lists[5] + place[1]
+    n1 = gl.minimum(n0 + BLOCK_N, length_k)
+    shift = length_k - length_q
+    return query_visits(lists, column, n0, n1, shift, band[0], band[1], bounds[0], bounds[1], length_q, BLOCK_M)
+
+
+@gluon.jit
+def block_of(lists, visits, step):
+    """(entry, block of rows) of one step through `visits`: the full ones, then the partial ones."""
+    entry = gl.where(step < visits[1], visits[0] + step, partial_entry(visits, step - visits[1]))
+    return entry, visited(lists, entry)
+
+
+@gluon.jit
+def band_cells(keys, m0, shift, band, bounds, BLOCK_M: gl.constexpr):
+    """bool (64, BLOCK_M): cells (key, row) of a band; `keys` (64,) in a slice of the accumulator.
+
+    Rows are counted from the start of the sequence: counted inside the block, they would be kept in registers.
+    """
+    rows = m0 + gl.arange(0, BLOCK_M, gl.SliceLayout(0, accumulator(BLOCK_M)))
+    first = keys * 0
+    if band[1] is not None:
+        first = keys - (shift + band[1])
+    first = gl.where((keys >= bounds[0]) & (keys < bounds[1]), first, 2**31 - 1)
+    keep = rows[None, :] >= first[:, None]
+    if band[0] is not None:
+        keep = keep & (rows[None, :] <= (keys - (shift - band[0]))[:, None])
+    return keep
+
+
+@gluon.constexpr_function
+def bits_layout(block_m):
+    """Layout of (2, 32, block_m) whose reshape to (64, block_m) is `accumulator`: no cell changes its thread."""
+    registers = [[0, 0, 1], [0, 8, 0]] + [[0, 0, 8 << bit] for bit in range((block_m // 8).bit_length() - 1)]
+    lanes = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 16, 0], [1, 0, 0]], [], [2, 32, block_m])
+
+
+@gluon.jit
+def listed_cells(lists, entry, FIRST_WORD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """bool (64, BLOCK_M): the 64 keys from word FIRST_WORD on of a listed partial tile. A word serves two cells."""
+    WORDS: gl.constexpr = BLOCK_N // 32
+    layout: gl.constexpr = bits_layout(BLOCK_M)
+    words_of: gl.constexpr = gl.SliceLayout(1, layout)
+    at = lists[3] + gl.cast(gl.load(lists[2] + entry), gl.int64) * (BLOCK_M * WORDS) + FIRST_WORD
+    lines = gl.arange(0, BLOCK_M, gl.SliceLayout(0, words_of))
+    word = gl.load(at + (lines[None, :] * WORDS + gl.arange(0, 2, gl.SliceLayout(1, words_of))[:, None]))
+    bit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    seen = ((word[:, None, :] >> bit[None, :, None]) & 1) != 0
+    return gl.convert_layout(gl.reshape(seen, [64, BLOCK_M]), accumulator(BLOCK_M), assert_trivial=True)
+
+
+@gluon.jit
+def hide_cells(
+    tile, value, entry, keys, m0, walk, FIRST_WORD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """`tile` (64, BLOCK_M) with `value` in its hidden cells."""
+    lists, _place, _kv_head, band, bounds, lengths = walk
+    if lists is None:
+        keep = band_cells(keys, m0, lengths[1] - lengths[0], band, bounds, BLOCK_M)
+    else:
+        keep = listed_cells(lists, entry, FIRST_WORD, BLOCK_M, BLOCK_N)
+    return gl.where(keep, tile, value)
+
+
+@gluon.jit
+def probabilities(
+    s, stats, entry, is_partial, keys, m0, walk, terms,
+    FIRST_WORD: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """(p, p times the derivative of the soft cap), (64, BLOCK_M) float32, of scores `s` = k.q.
+
+    stats: shared memory (2 * BLOCK_M,), lse in units of log2 first. Cells are hidden in a branch, because two loops
+    would be too much code, and before lse is read, because registers are short there.
+    """
+    scale, softcap = terms
+    if softcap is None:
+        if MASKED:
+            if is_partial:
+                s = hide_cells(s, -float("inf"), entry, keys, m0, walk, FIRST_WORD, BLOCK_M, BLOCK_N)
+        lse = stats.slice(0, BLOCK_M).load(gl.SliceLayout(0, accumulator(BLOCK_M)))
+        p = gl.exp2(s * (scale * LOG2E) - lse[None, :])
+        return p, p
+    else:
+        share = tanh(s * scale / softcap)
+        lse = stats.slice(0, BLOCK_M).load(gl.SliceLayout(0, accumulator(BLOCK_M)))
+        p = gl.exp2(share * (softcap * LOG2E) - lse[None, :])
+        if MASKED:
+            if is_partial:
+                p = hide_cells(p, 0.0, entry, keys, m0, walk, FIRST_WORD, BLOCK_M, BLOCK_N)
+        return p, p * (1.0 - share * share)
+
+
+@gluon.jit
+def fragments(dq):
+    """dQ (64, N) in the order in which registers hold it, so that a thread stores 16 bytes beside its neighbour's."""
+    N: gl.constexpr = dq.shape[1]
+    return dq.reshape([4, 2, 8, N // 8, 4, 2]).permute((0, 3, 2, 4, 1, 5)).reshape([N, 64])
+
+
+@gluon.jit
+def hide_keys(k, v, n0, bounds, BLOCK_N: gl.constexpr):
+    """Zero those of 64 rows of K and V in shared memory that are padding: they may hold anything, and 0 * NaN is NaN."""
+    for part in gl.static_range(2):
+        word = keys_word(None, 0, True, n0, bounds[0], bounds[1], part, BLOCK_N)
+        hide_values(k, word, part, k.shape[1])
+        hide_values(v, word, part, v.shape[1])

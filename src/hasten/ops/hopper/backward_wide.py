@@ -1,0 +1,167 @@
+"""The partitions of the backward kernel for head_dim above 128, where dK and dV of 64 keys fill two warpgroups.
+
+Each warpgroup owns 64 keys by half of head_dim of dK, dV and dQ, and computes all scores of the tile: seven products
+instead of five, but nothing crosses from one warpgroup to the other, and neither waits for the other's dS.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hasten.ops.hopper import bridge
+from hasten.ops.hopper.backward_tiles import (
+    block_of,
+    fragments,
+    hide_keys,
+    load_rows,
+    probabilities,
+    store_rows,
+    visits_of,
+)
+from hasten.ops.hopper.cells import accumulator
+
+# named barriers, beside those of `add_blocks`: K and V are as they should be, or read for the last time;
+# dO has been read; Q of slot 0 or 1 has been read
+KV_SETTLED = gl.constexpr(8)
+DOUT_READ = gl.constexpr(13)
+Q_READ = gl.constexpr(14)
+DQ_WRITTEN = gl.constexpr(9)
+DQ_TAKEN = gl.constexpr(11)
+WARPGROUP = gl.constexpr(128)
+WARP = gl.constexpr(32)
+
+
+@gluon.jit
+def load_wide(
+    descriptors, buffers, barriers, at_q, at_k, walk, rows_at,
+    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """One warp: load K and V by halves of head_dim, then Q and row statistics into two slots, dO into one."""
+    q_desc, k_desc, v_desc, dout_desc, stats_desc = descriptors
+    q_buf, k_buf, v_buf, dout_buf, stats_buf = buffers
+    kv_full, q_full, dout_full = barriers
+    lists, place, kv_head, _band, _bounds, _lengths = walk
+    n0 = place[1] * BLOCK_N
+    mbarrier.expect(kv_full, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+    for half in gl.static_range(2):
+        load_rows(k_desc, at_k, n0, half * k_desc.block_shape[-1], kv_head, kv_full, k_buf.index(half))
+        load_rows(v_desc, at_k, n0, half * v_desc.block_shape[-1], kv_head, kv_full, v_buf.index(half))
+    count = 0
+    for member in range(GROUP_SIZE):
+        head = kv_head * GROUP_SIZE + member
+        visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
+        for step in range(visits[1] + visits[5]):
+            _, block = block_of(lists, visits, step)
+            slot = count & 1
+            if count >= 2:
+                bridge.barrier_sync(Q_READ + slot, 2 * WARPGROUP + WARP)
+            q_at = q_full.index(slot)
+            mbarrier.expect(q_at, q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+            load_rows(q_desc, at_q, block * BLOCK_M, 0, head, q_at, q_buf.index(slot))
+            bridge.tma_load(stats_desc, [head * rows_at[1] + rows_at[0] + block, 0], q_at, stats_buf.index(slot))
+            if count >= 1:
+                bridge.barrier_sync(DOUT_READ, 2 * WARPGROUP + WARP)
+            dout_at = dout_full.index(0)
+            mbarrier.expect(dout_at, dout_desc.block_type.nbytes)
+            load_rows(dout_desc, at_q, block * BLOCK_M, 0, head, dout_at, dout_buf.index(0))
+            count += 1
+    if count >= 2:
+        bridge.barrier_sync(Q_READ + (count & 1), 2 * WARPGROUP + WARP)
+    if count >= 1:
+        bridge.barrier_sync(DOUT_READ, 2 * WARPGROUP + WARP)
+        bridge.barrier_sync(Q_READ + ((count + 1) & 1), 2 * WARPGROUP + WARP)
+
+
+@gluon.jit
+def consume_wide(
+    buffers, barriers, out_descs, at_k, walk, terms,
+    W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup W: columns [W HALF, W HALF + HALF) of dK and dV of the tile of keys and of dQ of every block."""
+    q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf = buffers
+    kv_full, q_full, dout_full = barriers
+    dk_desc, dv_desc = out_descs
+    HALF: gl.constexpr = k_buf.shape[-1]
+    PIECE: gl.constexpr = dq_buf.shape[-2]
+    s_mma: gl.constexpr = accumulator(BLOCK_M)
+    dtype: gl.constexpr = q_buf.dtype
+    lists, place, kv_head, _band, bounds, _lengths = walk
+    n0 = place[1] * BLOCK_N
+    keys = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_mma))
+    dk = gl.zeros([BLOCK_N, HALF], gl.float32, accumulator(HALF))
+    dv = gl.zeros([BLOCK_N, HALF], gl.float32, accumulator(HALF))
+    s_zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_mma)
+    dq_zero = gl.zeros([BLOCK_M, PIECE], gl.float32, accumulator(PIECE))
+    ds_own = ds_buf.index(W)
+    mbarrier.wait(kv_full, 0)
+    if HIDDEN_KEYS:
+        hide_keys(k_buf.index(W).reshape([BLOCK_N, HALF]), v_buf.index(W).reshape([BLOCK_N, HALF]), n0, bounds, BLOCK_N)
+        bridge.barrier_sync(KV_SETTLED, 2 * WARPGROUP)
+    count = 0
+    for member in range(GROUP_SIZE):
+        head = kv_head * GROUP_SIZE + member
+        visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
+        for step in range(visits[1] + visits[5]):
+            entry, block = block_of(lists, visits, step)
+            slot = count & 1
+            zero = count >> 30  # to the compiler a variable: it would keep the wgmma descriptors of K, V and dO, and spill
+            q = q_buf.index(slot).reshape([BLOCK_M, 2 * HALF])
+            dout = dout_buf.index(zero).reshape([BLOCK_M, 2 * HALF])
+            stats = stats_buf.index(slot).reshape([2 * BLOCK_M])
+            mbarrier.wait(q_full.index(slot), (count >> 1) & 1)
+            s = s_zero
+            for part in gl.static_range(2):
+                k = k_buf.index(part + zero).reshape([BLOCK_N, HALF])
+                columns = q.slice(part * HALF, HALF, 1).permute((1, 0))
+                s = warpgroup_mma(k, columns, s, use_acc=part > 0, is_async=True)
+            mbarrier.wait(dout_full.index(0), count & 1)
+            dp = s_zero
+            for part in gl.static_range(2):
+                v = v_buf.index(part + zero).reshape([BLOCK_N, HALF])
+                columns = dout.slice(part * HALF, HALF, 1).permute((1, 0))
+                dp = warpgroup_mma(v, columns, dp, use_acc=part > 0, is_async=True)
+            s = warpgroup_mma_wait(2, deps=[s])
+            p, slope = probabilities(
+                s, stats, entry, step >= visits[1], keys, block * BLOCK_M, walk, terms,
+                0, BLOCK_M, BLOCK_N, MASKED,
+            )  # fmt: skip
+            p_operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, accumulator(HALF), 2))
+            delta = stats.slice(BLOCK_M, BLOCK_M).load(gl.SliceLayout(0, s_mma))
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            ds = (slope * (dp - delta[None, :])).to(dtype)
+            dv = warpgroup_mma(p_operand, dout.slice(W * HALF, HALF, 1), dv, is_async=True)
+            ds_own.store(ds)
+            fence_async_shared()
+            dv = warpgroup_mma_wait(0, deps=[dv])
+            bridge.barrier_arrive(DOUT_READ, 2 * WARPGROUP + WARP)
+            k = k_buf.index(W + zero).reshape([BLOCK_N, HALF])
+            rows_of = ds_buf.index(W + zero).permute((1, 0))
+            for piece in gl.static_range(2):
+                columns = k.slice(piece * PIECE, PIECE, 1)
+                dq = warpgroup_mma(rows_of, columns, dq_zero, use_acc=False, is_async=True)
+                if piece == 1:  # runs while the last piece is staged
+                    ds_operand = gl.convert_layout(ds, gl.DotOperandLayout(0, accumulator(HALF), 2))
+                    dk = warpgroup_mma(ds_operand, q.slice(W * HALF, HALF, 1), dk, is_async=True)
+                dq = warpgroup_mma_wait(piece, deps=[dq])
+                bridge.barrier_sync(DQ_TAKEN + W, WARPGROUP + WARP)
+                dq_buf.index(W).store(fragments(dq))
+                fence_async_shared()
+                bridge.barrier_arrive(DQ_WRITTEN + W, WARPGROUP + WARP)
+            dk = warpgroup_mma_wait(0, deps=[dk])
+            bridge.barrier_arrive(Q_READ + slot, 2 * WARPGROUP + WARP)
+            count += 1
+    bridge.barrier_sync(KV_SETTLED, 2 * WARPGROUP)
+    v_buf.index(W).reshape([BLOCK_N, HALF]).store(dv.to(dtype))
+    k_buf.index(W).reshape([BLOCK_N, HALF]).store((dk * terms[0]).to(dtype))
+    fence_async_shared()
+    store_rows(dv_desc, at_k, n0, W * HALF, kv_head, v_buf.index(W))
+    store_rows(dk_desc, at_k, n0, W * HALF, kv_head, k_buf.index(W))
+    bridge.tma_store_wait(0)
