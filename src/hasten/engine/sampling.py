@@ -6,18 +6,22 @@ knows logits and token ids, and no text.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
+from hasten.engine.penalties import Bias, Penalties
 from hasten.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 MAX_SEED = 2**63 - 1
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +34,14 @@ class Sampling:
     likely; None is the checkpoint's own, 1 if it has none. Order: repetition_penalty, the checkpoint's rules
     (tokens it forces or suppresses), temperature, top_k, top_p, min_p, then a draw.
 
-    seed: same seed, same tokens, whatever else runs; None draws one. stop: strings that end the text and are not
-    part of it. stop_ids: tokens that do, beside the checkpoint's own end tokens.
+    logit_bias: added to the logits of these tokens, {id: bias}. presence_penalty: taken from the logits of tokens that
+    are in the new text; frequency_penalty: that, times how often. They come before all of the above.
+
+    seed: same seed, same tokens, whatever else runs; None draws one. n: how many continuations of one prompt; that
+    of index i draws by seed + i. stop: strings that end the text and are not part of it. stop_ids: tokens that do,
+    beside the checkpoint's own end tokens. logprobs: also tell the log probability of each new token and of so many
+    of the likeliest in its place; prompt_logprobs: the same for the prompt. They are the model's own, before
+    anything here changes them.
 
     Raises ArgumentError for a value out of range, and for a limit on a draw that does not take place.
     """
@@ -45,6 +55,12 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1)
@@ -54,6 +70,12 @@ class Sampling:
         _check_number("min_p", self.min_p, "0 to 1", lambda value: 0 <= value <= 1)
         _check_number("repetition_penalty", self.repetition_penalty, "more than 0", lambda value: value > 0)
         _check_int("seed", self.seed, 0, MAX_SEED)
+        _check_int("n", self.n, 1, MAX_CHOICES)
+        for name in ("logprobs", "prompt_logprobs"):
+            _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), "-2 to 2", lambda value: -2 <= value <= 2)
+        _check_bias(self.logit_bias)
         for name in ("top_k", "top_p", "min_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 got = f"{name} with temperature 0, which takes the likeliest token"
@@ -69,6 +91,17 @@ class Sampling:
                     expected = "strings that are not empty" if kind is str else "token ids >= 0"
                     raise ArgumentError(name, expected, repr(value), "correct or remove it")
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Sampling:
+        """A sampling from names and values; raises ArgumentError for a name that it does not have."""
+        known = [one.name for one in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, 1)
+                hint = f"did you mean {near[0]}?" if near else "remove it"
+                raise ArgumentError(str(name), f"a field of Sampling: {', '.join(known)}", "no such field", hint)
+        return cls(**options)
+
 
 class Chooser:
     """Chooses the tokens of one request, with a random generator of its own.
@@ -82,9 +115,9 @@ class Chooser:
     ) -> None:
         self.sampling = sampling
         self.processors = processors(sampling, rules, num_prompt, last_position, device)
-        self._generator = torch.Generator(device)
-        self.seed = self._generator.seed() & MAX_SEED if sampling.seed is None else sampling.seed
-        self._generator.manual_seed(self.seed)
+        self.generator = torch.Generator(device)
+        self.seed = self.generator.seed() & MAX_SEED if sampling.seed is None else sampling.seed
+        self.generator.manual_seed(self.seed)
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, ids: Sequence[int]) -> int:
@@ -94,8 +127,18 @@ class Chooser:
             logits = self.processors(history, logits[None].float())[0]
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        probabilities = torch.softmax(logits.float(), -1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        return int(draw(torch.softmax(logits.float(), -1)[None], [self.generator]))
+
+
+def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token for each row of probabilities (rows, vocab), each from its own generator; int64 (rows,).
+
+    What `torch.multinomial` does, a row at a time: the same tokens, whatever the other rows are.
+    """
+    noise = torch.empty_like(probabilities)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (probabilities / noise).argmax(-1)
 
 
 def processors(
@@ -116,6 +159,9 @@ def processors(
             found.append(kind(*arguments, **options))
 
     t = transformers
+    add(Bias, sampling.logit_bias or None, sampling.logit_bias, device)
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty)
+    add(Penalties, True if any(penalties) else None, num_prompt, *penalties)
     add(t.RepetitionPenaltyLogitsProcessor, None if penalty == 1.0 else penalty, penalty)
     size = _rule(rules, "no_repeat_ngram_size")
     add(t.NoRepeatNGramLogitsProcessor, size or None, size)
@@ -181,9 +227,18 @@ def _check_int(name: str, value: int | None, least: int, most: int | None = None
 
 
 def _check_number(name: str, value: float | None, expected: str, is_in_range: Any) -> None:
-    if value is None and name != "temperature":
+    if value is None and name not in ("temperature", "presence_penalty", "frequency_penalty"):
         return
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ArgumentTypeError(name, f"a number, {expected}", repr(value), "write a number")
     if not math.isfinite(value) or not is_in_range(value):
         raise ArgumentError(name, f"a number, {expected}", value, "choose a value in that range")
+
+
+def _check_bias(bias: Mapping[int, float]) -> None:
+    if not isinstance(bias, Mapping):
+        raise ArgumentTypeError("logit_bias", "a mapping {token id: bias}", repr(bias), "write {id: number}")
+    for token, value in bias.items():
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise ArgumentError("logit_bias", "token ids >= 0", repr(token), "correct or remove it")
+        _check_number("logit_bias", value, "-100 to 100", lambda value: -100 <= value <= 100)
