@@ -18,7 +18,7 @@ PROMPTS = [tokens(1, length, length)[0].tolist() for length in (5, 33, 48)]
 
 def runner(model, num_pages=20):
     layers = layers_of(model)
-    cache = PagedCache(layers, [num_pages] * len(kinds_of(layers)), 16, torch.float32, "cpu")
+    cache = PagedCache(layers, [num_pages] * len(kinds_of(layers)), 16, model.dtype, "cpu")
     return BatchRunner(model, cache)
 
 
@@ -52,6 +52,27 @@ def test_packed_pieces_equal_whole_prompts(architecture):
         expected = [model(torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
     found = run_in_pieces(runner(model), PROMPTS, lambda step, row: [3, 11, 1][(step + row) % 3])
     assert max(distance(*pair) for pair in zip(found, expected, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", DECODERS, ids=str)
+def test_tokens_one_at_a_time_beside_each_other_and_beside_a_prompt(architecture):
+    model = architecture.build()
+    with torch.no_grad():
+        expected = [model(torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
+    made = poisoned(model)
+    found = run_in_pieces(made, PROMPTS, lambda step, row: 1 if step else [2, 19, 33][row])
+    assert max(distance(*pair) for pair in zip(found, expected, strict=True)) < 1e-5
+    found = run_in_pieces(made, PROMPTS, lambda step, row: 6 if row == 2 else 1)
+    assert max(distance(*pair) for pair in zip(found, expected, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    model = DECODERS[4].build(dtype)
+    with torch.no_grad():
+        expected = [model(torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
+    found = run_in_pieces(runner(model), PROMPTS, lambda step, row: 1 if step else [2, 19, 33][row])
+    assert max(distance(*pair) for pair in zip(found, expected, strict=True)) < {8: 1e-6, 2: 0.1}[dtype.itemsize]
 
 
 @pytest.mark.parametrize("boundary", range(1, 40))

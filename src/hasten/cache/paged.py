@@ -86,8 +86,8 @@ class PagedLayer(CacheLayerMixin):
 
     def write(self, tables: Tables, key_states: Tensor, value_states: Tensor) -> None:
         """Put K and V (total, num_kv_heads, head_dim) of the new tokens into their pages."""
-        self.key_pages[tables.pages, tables.offsets] = key_states
-        self.value_pages[tables.pages, tables.offsets] = value_states
+        self.key_pages.index_put_((tables.pages, tables.offsets), key_states)
+        self.value_pages.index_put_((tables.pages, tables.offsets), value_states)
 
     def view(self, tables: Tables, cache_seqlens: Tensor) -> PagedKV:
         """What attention reads."""

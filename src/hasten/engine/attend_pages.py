@@ -16,11 +16,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from hasten.cache.paged import ENDLESS, PagedCache, Tables
+from hasten.engine import attend_cpu
+from hasten.engine.attend_cpu import DecodePlan
 from hasten.errors import ArgumentError
 from hasten.masks import Mask, Window
 from hasten.models import interface, masking, patterns
 from hasten.models.masking import ModelMask
-from hasten.ops.attention import attention
+from hasten.ops.decode import decode_attention
 from hasten.ops.kv import PagedKV
 
 NAME = "hasten-pages"
@@ -33,7 +35,8 @@ class Pages:
 
     tables: one for each kind of layer of the cache. cache_seqlens: int32 (batch,), the tokens of this forward with
     them. cu_seqlens_q: int32 (batch + 1,), where each sequence begins among the packed tokens. lengths: on the host,
-    (new tokens, all tokens) of each sequence.
+    (new tokens, all tokens) of each sequence. plans: for each kind, what the first sequences see that have one new
+    token, on a CPU only.
     """
 
     cache: PagedCache
@@ -42,6 +45,7 @@ class Pages:
     cu_seqlens_q: Tensor
     lengths: tuple[tuple[int, int], ...]
     max_seqlen_q: int
+    plans: tuple[DecodePlan | None, ...]
 
 
 def forward(
@@ -75,7 +79,8 @@ def forward(
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
     layer.write(tables, k, v)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    out = _attend(q, layer.view(tables, pages.cache_seqlens), mask, scale, softcap, s_aux, pages)
+    view, plan = layer.view(tables, pages.cache_seqlens), pages.plans[layer.kind]
+    out = _attend(q, view, mask, scale, softcap, s_aux, pages, plan)
     return out[None], None
 
 
@@ -101,20 +106,32 @@ def _check_window(mask: Mask, window: int | None, module: nn.Module) -> None:
 
 
 def _attend(
-    q: Tensor, view: PagedKV, mask: Mask, scale: float, softcap: float | None, sinks: Tensor | None, pages: Pages
+    q: Tensor,
+    view: PagedKV,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    pages: Pages,
+    plan: DecodePlan | None,
 ) -> Tensor:
     """Attention of packed q (total, num_heads, head_dim); returns the same shape."""
-    outs, first = [], 0
-    for row, (count, length) in enumerate(pages.lengths):
-        table = view.block_table[row, : -(-length // view.page_size)].long()
-        k, v = (rows[table].flatten(0, 1)[:length] for rows in (view.keys, view.values))
-        own = q[first : first + count]
-        options: dict[str, Any] = {"softmax_scale": scale, "softcap": softcap, "sinks": sinks}
-        out = attention(own[None], k[None], v[None], mask, **options)
+    if q.device.type == "cpu":
+        num_single = 0 if plan is None else plan.batch
+        rows = pages.lengths[num_single:]
+        outs = attend_cpu.extend(q[num_single:], view, rows, num_single, mask, scale, softcap, sinks)
+        if plan is not None:
+            outs.insert(0, attend_cpu.decode(q[:num_single], view, plan, scale, softcap, sinks))
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
+    options: dict[str, Any] = {"softmax_scale": scale, "softcap": softcap, "sinks": sinks}
+    if pages.max_seqlen_q == 1:
+        out = decode_attention(q[:, None], view, mask, **options)
         assert isinstance(out, Tensor)
-        outs.append(out[0])
-        first += count
-    return torch.cat(outs)
+        return out[:, 0]
+    options |= {"cu_seqlens_q": pages.cu_seqlens_q, "max_seqlen_q": pages.max_seqlen_q}
+    out = decode_attention(q, view, mask, **options)
+    assert isinstance(out, Tensor)
+    return out
 
 
 AttentionInterface.register(NAME, forward)

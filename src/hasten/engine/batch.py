@@ -11,6 +11,7 @@ from torch import Tensor
 from hasten.cache.ledger import Holding
 from hasten.cache.paged import PagedCache, Tables
 from hasten.cache.pages import Copy
+from hasten.engine.attend_cpu import DecodePlan, plan
 from hasten.engine.attend_pages import Pages
 
 
@@ -60,6 +61,7 @@ def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device) -> Ba
             cu_seqlens_q=torch.tensor(ends, dtype=torch.int32, device=device),
             lengths=lengths,
             max_seqlen_q=max(count for count, _ in lengths),
+            plans=tuple(_plan(pieces, lengths, kind, cache) if device.type == "cpu" else None for kind in kinds),
         ),
         rows=torch.tensor(rows, dtype=torch.int64, device=device),
         copies=tuple(tuple(copy for piece in pieces if piece.copies for copy in piece.copies[kind]) for kind in kinds),
@@ -78,6 +80,18 @@ def _tables(pieces: Sequence[Piece], kind: int, page_size: int, device: torch.de
     pages, offsets = torch.tensor(places, dtype=torch.int64, device=device).t().contiguous().unbind(0)
     padded = [pages + [0] * (longest - len(pages)) for pages in rows]
     return Tables(torch.tensor(padded, dtype=torch.int32, device=device), pages, offsets)
+
+
+def _plan(
+    pieces: Sequence[Piece], lengths: Sequence[tuple[int, int]], kind: int, cache: PagedCache
+) -> DecodePlan | None:
+    """For the first pieces, as long as they have one token each."""
+    num_single = next((index for index, (count, _) in enumerate(lengths) if count > 1), len(lengths))
+    if num_single == 0:
+        return None
+    rows = [piece.holding.tables[kind].pages for piece in pieces[:num_single]]
+    ends = [length for _, length in lengths[:num_single]]
+    return plan(rows, ends, cache.kinds[kind].window, cache.page_size)
 
 
 __all__ = ["Batch", "Piece", "pack"]
