@@ -131,10 +131,10 @@ def hide_values(v, word, PART: gl.constexpr, BLOCK_D: gl.constexpr):
     A key that nobody sees may hold anything, and 0 * NaN is NaN. All consumers write the same zeros.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    for half in gl.static_range(2):
-        rows = v.slice(32 * PART + 16 * half, 16)
-        bit = 16 * half + gl.arange(0, 16, gl.SliceLayout(1, layout))
-        seen = ((word >> bit) & 1) != 0
+    ROWS: gl.constexpr = 2048 // BLOCK_D  # at a time: 16 values a thread
+    for part in gl.static_range(32 // ROWS):
+        rows = v.slice(32 * PART + ROWS * part, ROWS)
+        bit = ROWS * part + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         value = rows.load(layout)
-        rows.store(gl.where(seen[:, None], value, gl.zeros_like(value)))
+        rows.store(gl.where((((word >> bit) & 1) != 0)[:, None], value, gl.zeros_like(value)))
     fence_async_shared()

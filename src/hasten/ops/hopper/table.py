@@ -29,7 +29,7 @@ class Tile:
 FORWARD: dict[int, Tile] = {
     64: Tile(3, 128, 3, 2, 160, 32),
     128: Tile(2, 128, 2, 2),
-    256: Tile(2, 64, 2, 1),
+    256: Tile(2, 64, 2, 1, 232, 40),
 }
 
 
