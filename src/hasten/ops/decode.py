@@ -55,10 +55,10 @@ def decode_attention(
     Query i of a sequence stands at position cache_seqlens - seqlen_q + i. mask: Causal() by default, Full(), Window, or
     an `&` of these; a ring takes Window(left, 0) with left + seqlen_q <= capacity. softmax_scale, softcap, sinks and
     bias=ALiBi(slopes) as in `hasten.attention`.
-    shared_prefix: how many first tokens all sequences have in common, a multiple of page_size: the block table begins
-    with the same pages in every row, and no query stands before their end. They are read once for the whole batch,
-    through the first row of the table. It changes speed and rounding, nothing else; with a window it is not used.
-    See `common_prefix`.
+    shared_prefix: how many first tokens all sequences have in common, a multiple of page_size: every row of the block
+    table begins with the same pages (a sequence shorter than that, as far as it goes). They are read once for the whole
+    batch, through the first row of the table. It changes speed and rounding, nothing else; it is not used with a
+    window, nor above 16 queries a sequence. See `common_prefix`.
 
     Returns out (batch, seqlen_q, num_heads, head_dim_v) or (total_q, ...), contiguous; with return_lse also lse,
     float32 (batch, num_heads, seqlen_q) or (num_heads, total_q). A row that sees no key, as every row of a sequence of

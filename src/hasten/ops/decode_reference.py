@@ -16,7 +16,7 @@ from hasten.errors import ArgumentError
 from hasten.masks import Causal, Full, Mask, Window
 from hasten.ops.call import Call
 from hasten.ops.decode_call import DecodeCall
-from hasten.ops.kv import KV, ContiguousKV, RingKV, rows_of
+from hasten.ops.kv import KV, ContiguousKV, RingKV, is_quantized, rows_of
 
 Attend = Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor]]
 
@@ -30,6 +30,7 @@ def forward(q: Tensor, keys: KV, call: DecodeCall, attend: Attend) -> tuple[Tens
         k, v = (rows[:, : lengths[0]] for rows in (keys.keys, keys.values))
         out, lse = attend(q, k.to(q.dtype), v.to(q.dtype), _attention(call, q.shape[1], lengths[0], 0))
         return out, lse
+    wide = torch.promote_types(q.dtype, torch.float32) if is_quantized(keys) else q.dtype
     out = q.new_zeros((*q.shape[:-1], keys.values.shape[-1]))
     shape = (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = torch.full(shape, -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -41,8 +42,8 @@ def forward(q: Tensor, keys: KV, call: DecodeCall, attend: Attend) -> tuple[Tens
             begin = max(begin, length - keys.capacity)
         if seqlen_q == 0:
             continue
-        k, v = rows_of(keys, number, begin, max(begin, length), q.dtype)
-        one_out, one_lse = attend(own, k[None], v[None], _attention(call, seqlen_q, k.shape[0], number))
+        k, v = rows_of(keys, number, begin, max(begin, length), wide)
+        one_out, one_lse = attend(own.to(wide), k[None], v[None], _attention(call, seqlen_q, k.shape[0], number))
         if q.ndim == 3:
             out[rows], lse[:, rows] = one_out[0], one_lse[0]
         else:

@@ -6,6 +6,7 @@ and never looks at the values of its lengths and tables, so it can be made while
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -175,6 +176,33 @@ def rows_of(keys: KV, sequence: int, begin: int, end: int, dtype: torch.dtype) -
         _scaled(take(keys.keys), None if keys.key_scales is None else take(keys.key_scales), dtype),
         _scaled(take(keys.values), None if keys.value_scales is None else take(keys.value_scales), dtype),
     )
+
+
+def common_prefix(
+    block_table: Tensor | Sequence[Sequence[int]], cache_seqlens: Tensor | Sequence[int], page_size: int
+) -> int:
+    """How many first tokens all sequences have in common, by whole pages: the `shared_prefix` of `decode_attention`.
+
+    block_table (batch, max_pages) and cache_seqlens (batch,) as the host has them, lists or CPU tensors: reading them
+    back from a GPU would wait for it, and raises. Sequences of length 0 (rows of padding) do not count, but for the
+    first row, through which the prefix is read; a page that any sequence still writes to does not count either.
+    Returns 0 for fewer than two sequences: there is nothing to share.
+    """
+    for name, given in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
+        if isinstance(given, Tensor) and given.device.type != "cpu":
+            raise ArgumentError(
+                name, "a list or a CPU tensor", f"a tensor on {given.device}", "keep the host's own copy"
+            )
+    rows = block_table.tolist() if isinstance(block_table, Tensor) else block_table
+    lengths = cache_seqlens.tolist() if isinstance(cache_seqlens, Tensor) else cache_seqlens
+    used = [row for row, length in zip(rows, lengths, strict=True) if length > 0]
+    if len(used) < 2 or lengths[0] == 0:
+        return 0
+    pages = (min(length for length in lengths if length > 0) - 1) // page_size
+    for column, entry in enumerate(used[0][:pages]):
+        if any(row[column] != entry for row in used):
+            return column * page_size
+    return pages * page_size
 
 
 def _scaled(rows: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from hasten.ops.portable.cells import LOG2E, tanh
-from hasten.ops.portable.visits import load_inside, sequence
+from hasten.ops.portable.visits import load_inside, load_tile, sequence
 
 # units in a group: a part of the definition of the answer, as UNIT is (decode_launch.py)
 GROUP = tl.constexpr(8)
@@ -74,25 +74,29 @@ def row_bounds(length, length_q, query, band, capacity, prefix, RING: tl.constex
 
 
 @triton.jit
-def key_places(table, number, keys, inside, capacity, PAGE_SIZE: tl.constexpr, RING: tl.constexpr):
-    """Where keys lie: (index of the page or batch entry, row in it), int64. `table`: the sequence's own row of it."""
-    if table is not None:
-        page = tl.load(table + keys // PAGE_SIZE, mask=inside, other=0)
-        return page.to(tl.int64), (keys % PAGE_SIZE).to(tl.int64)
-    else:
-        row = keys
+def key_places(
+    table, number, n0, columns, low, high, capacity, PAGE_SIZE: tl.constexpr, RING: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Where keys n0 + columns lie: (index of the page or batch entry, row in it), int64. `table`: the sequence's row.
+
+    Entries are read as scalars: as a tensor they would be a level of the software pipeline, which halves its depth.
+    """
+    if table is None:
+        row = n0 + columns
         if RING:
-            row = keys % capacity
+            row = row % capacity
         return tl.cast(number, tl.int64), row.to(tl.int64)
-
-
-@triton.jit
-def load_scales(scales, page, row, head, strides, inside):
-    """float32 (keys,): the scales of 8-bit keys or values, None for others."""
-    if scales is None:
-        return None
     else:
-        return tl.load(scales + page * strides[0] + row * strides[1] + head * strides[2], mask=inside, other=0.0)
+        page = tl.zeros([BLOCK_N], tl.int64)
+        for index in tl.static_range((BLOCK_N + PAGE_SIZE - 1) // PAGE_SIZE):
+            begin = n0 // PAGE_SIZE * PAGE_SIZE + index * PAGE_SIZE
+            is_seen = (begin < high) & (begin + PAGE_SIZE > low)
+            entry = tl.load(table + begin // PAGE_SIZE, mask=is_seen, other=0).to(tl.int64)
+            if BLOCK_N <= PAGE_SIZE:
+                page = entry
+            else:
+                page = tl.where(columns // PAGE_SIZE == index, entry, page)
+        return page, ((n0 + columns) % PAGE_SIZE).to(tl.int64)
 
 
 @triton.jit
@@ -129,6 +133,41 @@ def _key_tile(state, q, k, v, k_scale, v_scale, keep, slope, positions, keys, te
             return tl.dot(p.to(tl.bfloat16), v.to(tl.bfloat16), acc * rescale[:, None]), new_max, row_sum
     acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * rescale[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
+
+
+@triton.jit
+def _visit(
+    state, q, cache, strides, place, rows, terms, n0, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, RING: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state after keys [n0, n0 + BLOCK_N); with MASKED those of them in [low, high) that a row may see.
+
+    cache: (k, v, their scales, table) of the sequence and head; strides: of these (page, row); place: (sequence,
+    capacity, low, high); rows: (position, first, end, slope).
+    """
+    columns, dims, dims_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    keys = n0 + columns
+    low, high = place[2], place[3]
+    page, row = key_places(cache[4], place[0], n0, columns, low, high, place[1], PAGE_SIZE, RING, BLOCK_N)
+    k_ptrs = cache[0] + (page * strides[0][0] + row * strides[0][1])[:, None] + dims[None, :]
+    v_ptrs = cache[1] + (page * strides[1][0] + row * strides[1][1])[:, None] + dims_v[None, :]
+    keep, k_scale, v_scale = None, None, None
+    if MASKED:
+        seen = (keys >= low) & (keys < high)
+        k = load_inside(k_ptrs, seen, dims[None, :] < HEAD_DIM, BLOCK_D == HEAD_DIM)
+        v = load_inside(v_ptrs, seen, dims_v[None, :] < HEAD_DIM_V, BLOCK_DV == HEAD_DIM_V)
+        keep = (keys[None, :] >= tl.maximum(rows[1], low)[:, None]) & (
+            keys[None, :] < tl.minimum(rows[2], high)[:, None]
+        )
+    else:
+        k = load_tile(k_ptrs, dims[None, :] < HEAD_DIM, BLOCK_D == HEAD_DIM)
+        v = load_tile(v_ptrs, dims_v[None, :] < HEAD_DIM_V, BLOCK_DV == HEAD_DIM_V)
+    if cache[2] is not None:
+        seen = (keys >= low) & (keys < high)
+        k_scale = tl.load(cache[2] + page * strides[2][0] + row * strides[2][1], mask=seen, other=0.0)
+        v_scale = tl.load(cache[3] + page * strides[3][0] + row * strides[3][1], mask=seen, other=0.0)
+    return _key_tile(state, q, k, v, k_scale, v_scale, keep, rows[3], rows[0], keys, terms, PRECISION)
 
 
 @triton.jit
@@ -217,34 +256,43 @@ def decode_part(
         if not DIRECT:
             is_needed = is_needed & (begin < stop)
     if is_needed:
-        columns, dims, dims_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-        in_dims, in_dims_v = dims[None, :] < HEAD_DIM, dims_v[None, :] < HEAD_DIM_V
-        EVEN: tl.constexpr = BLOCK_D == HEAD_DIM
-        EVEN_V: tl.constexpr = BLOCK_DV == HEAD_DIM_V
+        dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
         q_rows = q_ptr + (q_at + head.to(tl.int64) * q_strides[2])[:, None]
-        q = load_inside(q_rows + dims[None, :], inside, in_dims, EVEN)
-        slope, own_table = None, None
+        q = load_inside(q_rows + dims[None, :], inside, dims[None, :] < HEAD_DIM, BLOCK_D == HEAD_DIM)
+        slope, k_scale, v_scale, own_table = None, None, None, None
         if slopes is not None:
             slope = tl.load(slopes + owner * slope_stride + head, mask=inside, other=0.0)
+        if k_scales is not None:
+            k_scale = k_scales + kv_head.to(tl.int64) * k_scale_strides[2]
+            v_scale = v_scales + kv_head.to(tl.int64) * v_scale_strides[2]
         if table is not None:
             own_table = table + number.to(tl.int64) * table_stride
-        k_ptr += kv_head.to(tl.int64) * k_strides[2]
-        v_ptr += kv_head.to(tl.int64) * v_strides[2]
+        wide_head = kv_head.to(tl.int64)
+        cache = (k_ptr + wide_head * k_strides[2], v_ptr + wide_head * v_strides[2], k_scale, v_scale, own_table)
+        strides = (k_strides, v_strides, k_scale_strides, v_scale_strides)
+        place, rows = (number, capacity, low, high), (position, first, end, slope)
         state, group = _empty(BLOCK_M, BLOCK_DV), _empty(BLOCK_M, BLOCK_DV)
-        for step in range(tl.minimum(low, high) // BLOCK_N, tl.cdiv(high, BLOCK_N)):
-            keys = step * BLOCK_N + columns
-            seen = (keys >= low) & (keys < high)
-            page, row = key_places(own_table, number, keys, seen, capacity, PAGE_SIZE, RING)
-            k_rows = k_ptr + (page * k_strides[0] + row * k_strides[1])[:, None]
-            v_rows = v_ptr + (page * v_strides[0] + row * v_strides[1])[:, None]
-            k = load_inside(k_rows + dims[None, :], seen, in_dims, EVEN)
-            v = load_inside(v_rows + dims_v[None, :], seen, in_dims_v, EVEN_V)
-            k_scale = load_scales(k_scales, page, row, kv_head, k_scale_strides, seen)
-            v_scale = load_scales(v_scales, page, row, kv_head, v_scale_strides, seen)
-            keep = (keys[None, :] >= tl.maximum(first, low)[:, None]) & (keys[None, :] < tl.minimum(end, high)[:, None])
+        tile_low = tl.minimum(low, high) // BLOCK_N
+        full_low, full_high, tile_high = tile_low, tile_low, tl.cdiv(high, BLOCK_N)
+        if UNITS == 0 or SHARED:  # many rows: masks cost more than a second loop, whose tiles are in no fixed order
+            all_low = tl.maximum(tl.max(tl.where(inside, first, 0)), low)
+            all_high = tl.minimum(tl.min(tl.where(inside, end, 2147483647)), high)
+            full_low = tl.minimum(tl.maximum(tl.cdiv(all_low, BLOCK_N), tile_low), tile_high)
+            full_high = tl.maximum(tl.minimum(tl.maximum(all_high, 0) // BLOCK_N, tile_high), full_low)
+            for step in range(full_low, full_high):
+                state = _visit(
+                    state, q, cache, strides, place, rows, terms, step * BLOCK_N, False, HEAD_DIM, HEAD_DIM_V,
+                    BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE, RING, PRECISION,
+                )  # fmt: skip
+        num_left = full_low - tile_low
+        for index in range(0, num_left + tile_high - full_high):
+            step = tl.where(index < num_left, tile_low + index, full_high + index - num_left)
             if NESTED:
                 group, state = _next_unit(group, state, step % (UNIT // BLOCK_N) == 0)
-            state = _key_tile(state, q, k, v, k_scale, v_scale, keep, slope, position, keys, terms, PRECISION)
+            state = _visit(
+                state, q, cache, strides, place, rows, terms, step * BLOCK_N, True, HEAD_DIM, HEAD_DIM_V,
+                BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE, RING, PRECISION,
+            )  # fmt: skip
         if NESTED:
             state = joined(group, state)
 
@@ -255,14 +303,18 @@ def decode_part(
                 sink = tl.load(sinks + head, mask=inside, other=0.0)
             out, lse = finished(state, sink)
             out_ptrs = out_ptr + flat[:, None] * HEAD_DIM_V + dims_v[None, :]
-            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & in_dims_v)
+            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (dims_v[None, :] < HEAD_DIM_V))
             lse_at = owner.to(tl.int64) * lse_strides[0] + query * lse_strides[1] + head.to(tl.int64) * lse_strides[2]
             if cu_seqlens_q is not None:
                 lse_at += start * lse_strides[1]
             tl.store(lse_ptr + lse_at, lse, mask=inside)
         else:
             at = flat * part_stride + first_part + part
-            tl.store(acc_ptr + at[:, None] * HEAD_DIM_V + dims_v[None, :], state[0], mask=inside[:, None] & in_dims_v)
+            tl.store(
+                acc_ptr + at[:, None] * HEAD_DIM_V + dims_v[None, :],
+                state[0],
+                mask=inside[:, None] & (dims_v[None, :] < HEAD_DIM_V),
+            )
             tl.store(max_ptr + at, state[1], mask=inside)
             tl.store(sum_ptr + at, state[2], mask=inside)
 

@@ -42,9 +42,9 @@ TABLE: dict[tuple[int, int], Tile] = {
     (2, 64): Tile(64, 4, 4),
     (2, 128): Tile(64, 4, 3),
     (2, 256): Tile(32, 4, 3),
-    (4, 64): Tile(32, 4, 3),
-    (4, 128): Tile(32, 4, 3),
-    (4, 256): Tile(16, 4, 2),
+    (4, 64): Tile(16, 4, 3),
+    (4, 128): Tile(16, 8, 2),
+    (4, 256): Tile(16, 8, 2),
 }
 
 
@@ -186,8 +186,13 @@ def _parts(
         BLOCK_N=plan.tile.block_n, UNIT=UNIT, UNITS=plan.prefix_units if is_shared else plan.units,
         PAGE_SIZE=keys.page_size if isinstance(keys, PagedKV) else 0, RING=isinstance(keys, RingKV),
         SHARED=is_shared, DIRECT=out is not None, PRECISION="ieee",
-        num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages,
+        num_warps=plan.tile.num_warps, num_stages=_stages(plan.tile, keys),
     )  # fmt: skip
+
+
+def _stages(tile: Tile, keys: KV) -> int:
+    """Stages of the pipeline: entries of a block table are fetched ahead too, and each level of loads takes its own."""
+    return tile.num_stages if keys.block_table is None else 2 * tile.num_stages - 1
 
 
 def _strides(q: Tensor) -> tuple[int, int, int]:
