@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hasten
 from hasten.masks import Causal, Full, Global, Mask, Padding, Window
-from hasten.ops import choose
+from hasten.ops import choose, operators
 from hasten.ops.call import Call, Gradients
 from tests.ops import tables
 from tests.ops.cases import Case, Problem, call, make, solve
@@ -66,9 +66,9 @@ class Operators(TorchDispatchMode):
 def recorded(case: Case, implementation: str, device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """The operators that one forward and backward call, by name, with their arguments."""
     problem = make(case, torch.float32, device)
-    with Operators() as operators:
+    with Operators() as recorder:
         solve(problem, lambda own: call(own, implementation))
-    return {func.__name__: (func, tuple(without_history(value) for value in args)) for func, args in operators.calls}
+    return {func.__name__: (func, tuple(without_history(value) for value in args)) for func, args in recorder.calls}
 
 
 def without_history(value: Any) -> Any:
@@ -406,6 +406,105 @@ def test_the_device_of_the_tensors_counts() -> None:
     assert out.device == q.device
     want = hasten.attention(q.double(), k.double(), v.double(), Causal(), implementation="reference")
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@WHERE
+@cases
+def test_without_the_dispatcher_nothing_changes(
+    case: Case, implementation: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain calls skip it: the same bits as through the operators, and none of them is called."""
+    problem = make(case, torch.float32, device)
+
+    def solved() -> dict[str, Tensor]:
+        torch.manual_seed(5)  # of dropout
+        return solve(problem, lambda own: call(own, implementation))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(operators, "is_seen", lambda *tensors: True)
+        want = solved()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.hasten, "attention", None)
+        patch.setattr(torch.ops.hasten, "attention_backward", None)
+        got = solved()
+    for name, exact in want.items():
+        assert torch.equal(got[name], exact), name
+
+
+def test_who_may_see_an_operator_does() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    class Wrapper(Tensor):
+        pass
+
+    plain = torch.ones(2)
+    assert not operators.is_seen(plain, None, torch.nn.Parameter(plain), plain.view(1, 2).expand(3, 2))
+    zeros = torch._efficientzerotensor(2)
+    for tensor in (torch.ones(2, device="meta"), torch._neg_view(plain), zeros, plain.as_subclass(Wrapper)):
+        assert operators.is_seen(plain, None, tensor)
+    for mode in (FakeTensorMode(), FlopCounterMode(display=False), torch.profiler.profile()):
+        with mode:
+            assert operators.is_seen(plain)
+    seen = []
+    for transform in (torch.func.grad, torch.func.vmap):
+        transform(lambda tensor: (seen.append(operators.is_seen(tensor)), tensor.sum())[1])(torch.ones(2, 2)[0])
+    assert seen == [True, True] and not operators.is_seen(plain)
+
+
+def test_a_profile_names_the_operators() -> None:
+    q = torch.randn(1, 5, 2, 8, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        hasten.attention(q, q, q, Causal()).sum().backward()
+    assert {"hasten::attention", "hasten::attention_backward"} <= {event.name for event in profile.events()}
+
+
+def test_a_negative_view_is_what_it_shows() -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    want = hasten.attention(-q, k, v, Causal())
+    assert torch.equal(hasten.attention(torch._neg_view(q), k, v, Causal()), want)
+
+
+def test_tensors_saved_for_backward_pass_the_hooks_of_autograd() -> None:
+    """Offloading and the check for writes in place hold for plain calls too."""
+    leaves = [torch.randn(1, 5, 2, 8, requires_grad=True) for _ in range(3)]
+    packed: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (packed.append(t), t.clone())[1], lambda t: t):
+        out = hasten.attention(*leaves, Causal())
+    assert len(packed) == 5, "q, k, v, out, lse"
+    want = torch.autograd.grad(hasten.attention(*leaves, Causal()).sum(), leaves)
+    for have, exact in zip(torch.autograd.grad(out.sum(), leaves), want, strict=True):
+        assert torch.equal(have, exact)
+    q = leaves[0] * 1.0
+    out = hasten.attention(q, leaves[1], leaves[2])
+    q += 1.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_gradients_for_many_upstreams_at_once() -> None:
+    """The operator has no rule for batches of gradients: refused, and never wrong."""
+    leaves = [torch.randn(1, 5, 2, 8, requires_grad=True) for _ in range(3)]
+    out = hasten.attention(*leaves, Causal())
+    upstreams = torch.randn(3, *out.shape)
+    with pytest.raises(RuntimeError, match="hasten::attention_backward"):
+        torch.autograd.grad(out, leaves, upstreams, is_grads_batched=True)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_frames_that_dynamo_gave_up_run_as_they_are() -> None:
+    """After too many recompilations our own frames run below it: nothing of an implementation is traced."""
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(1, 9, 2, 8, requires_grad=True) for _ in range(3))
+    block = torch.compile(lambda mask: hasten.attention(q, k, v, mask) * 2, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for left in range(5):
+            mask = Window(left, 0)
+            have, want = block(mask), hasten.attention(q, k, v, mask) * 2
+            torch.testing.assert_close(have, want)
+            grads = torch.autograd.grad(have.sum(), (q, k, v))
+            for grad, exact in zip(grads, torch.autograd.grad(want.sum(), (q, k, v)), strict=True):
+                torch.testing.assert_close(grad, exact)
 
 
 class Told:

@@ -28,7 +28,12 @@ def encode(mask: Mask) -> tuple[str, list[Tensor]]:
 
 def decode(text: str, tensors: Sequence[Tensor]) -> Mask:
     """The mask that `encode` took apart."""
-    return _build(_parse(text), tensors)
+    return _build(_parse(text), tensors) if tensors else _without_tensors(text)
+
+
+@lru_cache(maxsize=1024)
+def _without_tensors(text: str) -> Any:
+    return _build(_parse(text), ())
 
 
 @lru_cache(maxsize=1024)

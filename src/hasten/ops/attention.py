@@ -94,7 +94,7 @@ def prepare(
 ) -> Prepared:
     """Check everything and fill in defaults. Arguments, shapes and errors are those of `attention`."""
     packed = checks.check_packing(q, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
-    q, k, v = (_autocast(tensor, q) for tensor in (q, k, v))
+    q, k, v = _autocast(q, k, v)
     checks.check_tensors(q, k, v, packed)
     mask = Full() if mask is None else mask
     checks.check_numbers(softmax_scale, softcap, dropout_p)
@@ -124,7 +124,8 @@ def prepare(
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         host.check_cu_seqlens("cu_seqlens_q", call.cu_seqlens_q, q.shape[0], call.max_seqlen_q)
         host.check_cu_seqlens("cu_seqlens_k", call.cu_seqlens_k, k.shape[0], call.max_seqlen_k)
-    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     return Prepared(q, k, v, call)
 
 
@@ -160,13 +161,16 @@ def _run(q: Tensor, k: Tensor, v: Tensor, call: Call, implementation: str | None
     return operators.run(q, k, v, call, name)
 
 
-def _autocast(tensor: Tensor, q: Tensor) -> Tensor:
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """Under autocast for q's device, float32 goes in as the autocast dtype, as in PyTorch's own attention."""
-    if not isinstance(q, Tensor) or not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
-        return tensor
+    if not isinstance(q, Tensor):
+        return q, k, v
     kind = q.device.type
-    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
-    return tensor.to(torch.get_autocast_dtype(kind)) if is_on else tensor
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    is_wide = [isinstance(tensor, Tensor) and tensor.dtype == torch.float32 for tensor in (q, k, v)]
+    return tuple(tensor.to(dtype) if wide else tensor for tensor, wide in zip((q, k, v), is_wide, strict=True))
 
 
 def _longest(argument: str, given: int | None, cu_seqlens: Tensor | None) -> int:

@@ -16,33 +16,32 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     """Raise unless q, k, v fit each other in the dense or packed layout."""
     layout = "(total, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
+    ndim = 3 if packed else 4
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise ArgumentTypeError(name, f"a tensor {layout}", type(tensor).__name__, "convert it first")
-        if tensor.ndim != (3 if packed else 4):
+        shape, dtype = tensor.shape, tensor.dtype
+        if len(shape) != ndim:
             hint = "leave cu_seqlens out" if packed else "packed sequences need cu_seqlens_q and cu_seqlens_k"
-            raise ArgumentError(name, f"shape {layout}", f"shape {tuple(tensor.shape)}", hint)
-        if tensor.dtype not in DTYPES:
-            raise ArgumentTypeError(
-                name, "a floating dtype of 16, 32 or 64 bits", tensor.dtype, "convert it with .to()"
-            )
-        if tensor.dtype != q.dtype:
-            raise ArgumentTypeError(name, f"the dtype of q, {q.dtype}", tensor.dtype, "convert one of them")
-        if tensor.device != q.device:
+            raise ArgumentError(name, f"shape {layout}", f"shape {tuple(shape)}", hint)
+        if dtype not in DTYPES:
+            raise ArgumentTypeError(name, "a floating dtype of 16, 32 or 64 bits", dtype, "convert it with .to()")
+        if tensor is not q and dtype != q.dtype:
+            raise ArgumentTypeError(name, f"the dtype of q, {q.dtype}", dtype, "convert one of them")
+        if tensor is not q and tensor.device != q.device:
             raise ArgumentError(name, f"the device of q, {q.device}", tensor.device, "move one of them")
-        if tensor.shape[-1] == 0 or tensor.shape[-2] == 0:
-            raise ArgumentError(
-                name, "at least one head of at least one dimension", tuple(tensor.shape), "check the split"
-            )
-    if q.shape[-1] != k.shape[-1]:
-        raise ArgumentError("k", f"head_dim {q.shape[-1]} as q has", k.shape[-1], "only v may have another")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise ArgumentError("v", f"{tuple(k.shape[:-1])} as k has", tuple(v.shape[:-1]), f"the layout is {layout}")
-    if q.shape[-2] % k.shape[-2]:
+        if shape[-1] == 0 or shape[-2] == 0:
+            raise ArgumentError(name, "at least one head of at least one dimension", tuple(shape), "check the split")
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    if of_q[-1] != of_k[-1]:
+        raise ArgumentError("k", f"head_dim {of_q[-1]} as q has", of_k[-1], "only v may have another")
+    if of_k[:-1] != of_v[:-1]:
+        raise ArgumentError("v", f"{tuple(of_k[:-1])} as k has", tuple(of_v[:-1]), f"the layout is {layout}")
+    if of_q[-2] % of_k[-2]:
         hint = "each K/V head serves the same number of query heads"
-        raise ArgumentError("q", f"a multiple of {k.shape[-2]} heads", q.shape[-2], hint)
-    if not packed and q.shape[0] != k.shape[0]:
-        raise ArgumentError("k", f"batch {q.shape[0]} as q has", k.shape[0], f"the layout is {layout}")
+        raise ArgumentError("q", f"a multiple of {of_k[-2]} heads", of_q[-2], hint)
+    if not packed and of_q[0] != of_k[0]:
+        raise ArgumentError("k", f"batch {of_q[0]} as q has", of_k[0], f"the layout is {layout}")
 
 
 def check_packing(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -30,12 +31,16 @@ def derived(tensor: Tensor, key: Hashable, make: Callable[[], _T]) -> _T:
     number = id(tensor)
     entry = _kept.get(number)
     if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
-        entry = (weakref.ref(tensor, lambda _: _kept.pop(number, None)), tensor._version, {})
+        entry = (weakref.ref(tensor, partial(_forget, _kept, number)), tensor._version, {})
         _kept[number] = entry
     if key not in entry[2]:
         entry[2][key] = make()
     value: _T = entry[2][key]
     return value
+
+
+def _forget(kept: dict[int, Any], number: int, _: object) -> None:
+    kept.pop(number, None)  # by argument, for a tensor may outlive the globals of this module
 
 
 def host_copy(tensor: Tensor) -> tuple[int, ...]:

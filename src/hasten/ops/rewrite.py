@@ -19,6 +19,8 @@ from hasten.ops.host import can_read, derived, from_values, host_copy
 
 def split_documents(mask: Mask) -> tuple[Documents, Mask] | None:
     """(documents, the band they are joined with) if the mask is exactly that, else None."""
+    if not isinstance(mask, And | Documents):
+        return None
     parts = mask.masks if isinstance(mask, And) else (mask,)
     documents = [part for part in parts if isinstance(part, Documents)]
     bands = [

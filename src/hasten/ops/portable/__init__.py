@@ -22,7 +22,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
         return "float64 is not offered (use reference or blockwise)"
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"head_dim up to 256, got {max(q.shape[-1], v.shape[-1])}"
-    band = as_band(call.mask)
+    band = as_band(call.mask) if call.is_packed else None
     if call.is_packed and (band is None or band.padding is not None):
         return f"packed sequences take Full, Causal and plain Window masks, got {call.mask!r}"
     return None
