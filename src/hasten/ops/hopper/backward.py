@@ -17,25 +17,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hasten.ops.hopper import bridge
 from hasten.ops.hopper.backward_tiles import (
+    BOTH,
+    DQ_STAGED,
+    DQ_TAKEN,
+    WARP,
+    WARPGROUP,
     block_of,
+    claim,
+    end_turn,
     fragments,
+    full_barriers,
     hide_keys,
     load_rows,
     probabilities,
+    put,
+    ring,
     store_rows,
     visits_of,
+    wait_turn,
 )
 from hasten.ops.hopper.backward_wide import consume_wide, load_wide
 from hasten.ops.hopper.cells import accumulator
 from hasten.ops.hopper.visits import key_bounds, sequence
 
 LENGTHS = ("num_tiles", "num_pairs", "pairs_at_once", "num_kv_heads", "seqlen_q", "seqlen_k", "num_blocks")
-# named barriers: dS of both warpgroups is written; dQ of warpgroup w waits to be added (+ w); its staging is free (+ w)
-DS_WRITTEN = gl.constexpr(8)
-DQ_WRITTEN = gl.constexpr(9)
-DQ_TAKEN = gl.constexpr(11)
-WARPGROUP = gl.constexpr(128)
-WARP = gl.constexpr(32)
 
 
 @gluon.jit
@@ -49,10 +54,11 @@ def load_blocks(
     kv_full, q_full, dout_full = barriers
     lists, place, kv_head, _band, _bounds, _lengths = walk
     n0 = place[1] * BLOCK_N
-    mbarrier.expect(kv_full, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+    kv_at = kv_full.index(0)
+    mbarrier.expect(kv_at, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for half in gl.static_range(2):
-        load_rows(k_desc, at_k, n0 + half * (BLOCK_N // 2), 0, kv_head, kv_full, k_buf.index(half))
-        load_rows(v_desc, at_k, n0 + half * (BLOCK_N // 2), 0, kv_head, kv_full, v_buf.index(half))
+        load_rows(k_desc, at_k, n0 + half * (BLOCK_N // 2), 0, kv_head, kv_at, k_buf.index(half))
+        load_rows(v_desc, at_k, n0 + half * (BLOCK_N // 2), 0, kv_head, kv_at, v_buf.index(half))
     count = 0
     for member in range(GROUP_SIZE):
         head = kv_head * GROUP_SIZE + member
@@ -60,8 +66,8 @@ def load_blocks(
         for step in range(visits[1] + visits[5]):
             _, block = block_of(lists, visits, step)
             if count >= AHEAD:  # dQ of that block is written, so its dO has been read, and Q of the block before
-                bridge.barrier_sync(DQ_WRITTEN, WARPGROUP + 2 * WARP)
-                bridge.barrier_sync(DQ_WRITTEN + 1, WARPGROUP + 2 * WARP)
+                bridge.barrier_sync(DQ_STAGED, WARPGROUP + 2 * WARP)
+                bridge.barrier_sync(DQ_STAGED + 1, WARPGROUP + 2 * WARP)
             q_slot, dout_slot = count % (AHEAD + 1), count % AHEAD
             q_at, dout_at = q_full.index(q_slot), dout_full.index(dout_slot)
             mbarrier.expect(q_at, q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
@@ -71,20 +77,20 @@ def load_blocks(
             load_rows(dout_desc, at_q, block * BLOCK_M, 0, head, dout_at, dout_buf.index(dout_slot))
             count += 1
     for _step in range(gl.minimum(count, AHEAD)):  # the barriers count this warp in every block
-        bridge.barrier_sync(DQ_WRITTEN, WARPGROUP + 2 * WARP)
-        bridge.barrier_sync(DQ_WRITTEN + 1, WARPGROUP + 2 * WARP)
+        bridge.barrier_sync(DQ_STAGED, WARPGROUP + 2 * WARP)
+        bridge.barrier_sync(DQ_STAGED + 1, WARPGROUP + 2 * WARP)
 
 
 @gluon.jit
 def add_blocks(
-    dq_desc, dq_buf, walk, rows_at,
-    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PIECES: gl.constexpr, COMERS: gl.constexpr,
+    dq_desc, dq_buf, turns, walk, rows_at, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    PIECES: gl.constexpr, COMERS: gl.constexpr,
 ):  # fmt: skip
     """One warp: add what the consumers stage of dQ to global memory, and hand the staging back.
 
-    A warpgroup stages `PIECES` pieces a block, one after the other. COMERS: threads that meet at DQ_WRITTEN.
+    A warpgroup stages `PIECES` pieces a block, one after the other. COMERS: threads that meet at DQ_STAGED.
     """
-    lists, _place, kv_head, _band, _bounds, _lengths = walk
+    _lists, _place, kv_head, _band, _bounds, _lengths = walk
     PIECE: gl.constexpr = dq_desc.block_shape[0]
     bridge.barrier_arrive(DQ_TAKEN, WARPGROUP + WARP)
     bridge.barrier_arrive(DQ_TAKEN + 1, WARPGROUP + WARP)
@@ -92,26 +98,32 @@ def add_blocks(
         head = kv_head * GROUP_SIZE + member
         visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
         for step in range(visits[1] + visits[5]):
-            _, block = block_of(lists, visits, step)
-            at = (head * rows_at[1] + rows_at[0] + block) * (2 * PIECES * PIECE)
+            _, block = block_of(walk[0], visits, step)
+            number = head * rows_at[1] + rows_at[0] + block
+            at = number * (2 * PIECES * PIECE)
+            claimed = claim(turns + number)
             for piece in gl.static_range(PIECES):
-                bridge.barrier_sync(DQ_WRITTEN, COMERS)
-                bridge.tma_reduce_add(dq_desc, [at + piece * PIECE, 0], dq_buf.index(0))
-                bridge.barrier_sync(DQ_WRITTEN + 1, COMERS)
-                bridge.tma_reduce_add(dq_desc, [at + (PIECES + piece) * PIECE, 0], dq_buf.index(1))
+                bridge.barrier_sync(DQ_STAGED, COMERS)
+                if piece == 0:
+                    is_first = wait_turn(turns + number, claimed)
+                put(dq_desc, [at + piece * PIECE, 0], dq_buf.index(0), is_first)
+                bridge.barrier_sync(DQ_STAGED + 1, COMERS)
+                put(dq_desc, [at + (PIECES + piece) * PIECE, 0], dq_buf.index(1), is_first)
                 bridge.tma_store_wait(1)
                 bridge.barrier_arrive(DQ_TAKEN, WARPGROUP + WARP)
                 bridge.tma_store_wait(0)
                 bridge.barrier_arrive(DQ_TAKEN + 1, WARPGROUP + WARP)
+            bridge.tma_store_wait_complete()
+            end_turn(turns + number)
 
 
 @gluon.jit
 def consume_blocks(
-    buffers, barriers, out_descs, at_k, walk, terms,
-    W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr,
-    MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr, ORDER: gl.constexpr,
+    job, W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    AHEAD: gl.constexpr, MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: dK and dV of keys [64 W, 64 W + 64) of the tile, and its half of dQ of every block."""
+    buffers, barriers, out_descs, at_k, walk, terms = job
     q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf = buffers
     kv_full, q_full, dout_full = barriers
     dk_desc, dv_desc = out_descs
@@ -130,7 +142,7 @@ def consume_blocks(
     dv = gl.zeros([64, DV], gl.float32, dv_mma)
     s_zero = gl.zeros([64, BLOCK_M], gl.float32, s_mma)
     dq_zero = gl.zeros([64, DQ_N], gl.float32, dq_mma)
-    mbarrier.wait(kv_full, 0)
+    mbarrier.wait(kv_full.index(0), 0)
     if HIDDEN_KEYS:
         hide_keys(k_buf.index(W).reshape([64, D]), v_buf.index(W).reshape([64, DV]), n0 + 64 * W, bounds, BLOCK_N)
     count = 0
@@ -159,18 +171,15 @@ def consume_blocks(
             if ORDER == 1:
                 dv = warpgroup_mma(p_operand, dout, dv, is_async=True)
             delta = stats.slice(BLOCK_M, BLOCK_M).load(gl.SliceLayout(0, s_mma))
-            if ORDER == 1:
-                dp = warpgroup_mma_wait(1, deps=[dp])
-                ds = slope * (dp - delta[None, :])
-            else:
-                dp = warpgroup_mma_wait(0, deps=[dp])
-                ds = slope * (dp - delta[None, :])
+            dp = warpgroup_mma_wait(ORDER, deps=[dp])
+            ds = slope * (dp - delta[None, :])
+            if ORDER == 0:
                 dv = warpgroup_mma(p_operand, dout, dv, is_async=True)
             ds = ds.to(dtype)
             ds_slot = (count & 1) * 2
             ds_buf.index(ds_slot + W).store(ds)
             fence_async_shared()
-            bridge.barrier_sync(DS_WRITTEN, 2 * WARPGROUP)
+            bridge.barrier_sync(BOTH, 2 * WARPGROUP)
             dq = dq_zero
             for part in gl.static_range(2):
                 rows_of = ds_buf.index(ds_slot + part).permute((1, 0))
@@ -186,10 +195,10 @@ def consume_blocks(
             bridge.barrier_sync(DQ_TAKEN + W, WARPGROUP + WARP)
             dq_buf.index(W).store(fragments(dq))
             fence_async_shared()
-            bridge.barrier_arrive(DQ_WRITTEN + W, WARPGROUP + 2 * WARP)
+            bridge.barrier_arrive(DQ_STAGED + W, WARPGROUP + 2 * WARP)
             dk = warpgroup_mma_wait(0, deps=[dk])
             count += 1
-    bridge.barrier_sync(DS_WRITTEN, 2 * WARPGROUP)  # both have read K
+    bridge.barrier_sync(BOTH, 2 * WARPGROUP)  # both have read K
     v_buf.index(W).reshape([64, DV]).store(dv.to(dtype))
     k_buf.index(W).reshape([64, D]).store((dk * terms[0]).to(dtype))
     fence_async_shared()
@@ -201,7 +210,7 @@ def consume_blocks(
 @gluon.jit(do_not_specialize=LENGTHS)
 def attention_backward(
     q_desc, k_desc, v_desc, dout_desc, stats_desc, dq_desc, dk_desc, dv_desc,
-    cu_seqlens_q, cu_seqlens_k, key_range, lists, band, terms,
+    turns, cu_seqlens_q, cu_seqlens_k, key_range, lists, band, terms,
     num_tiles, num_pairs, pairs_at_once, num_kv_heads, seqlen_q, seqlen_k, num_blocks,
     GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr, MASKED: gl.constexpr,
     ORDER: gl.constexpr,
@@ -227,50 +236,48 @@ def attention_backward(
         if cu_seqlens_q is not None:
             first_block = at_q[1] // BLOCK_M + number
         rows_at = (first_block, num_blocks)
-        dtype: gl.constexpr = q_desc.dtype
         WIDE: gl.constexpr = BLOCK_N == 64
-        Q_SLOTS: gl.constexpr = AHEAD + 1
-        q_buf = gl.allocate_shared_memory(dtype, [Q_SLOTS] + q_desc.block_shape, q_desc.layout)
-        dout_buf = gl.allocate_shared_memory(dtype, [AHEAD] + dout_desc.block_shape, dout_desc.layout)
-        k_buf = gl.allocate_shared_memory(dtype, [2] + k_desc.block_shape, k_desc.layout)
-        v_buf = gl.allocate_shared_memory(dtype, [2] + v_desc.block_shape, v_desc.layout)
-        stats_buf = gl.allocate_shared_memory(gl.float32, [Q_SLOTS] + stats_desc.block_shape, stats_desc.layout)
-        dq_buf = gl.allocate_shared_memory(gl.float32, [2] + dq_desc.block_shape, dq_desc.layout)
-        ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
-        ds_buf = gl.allocate_shared_memory(dtype, [2 if WIDE else 4, 64, BLOCK_M], ds_layout)
-        q_full = gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], mbarrier.MBarrierLayout())
-        dout_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
-        kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(kv_full, 1)
-        for slot in gl.static_range(Q_SLOTS):
-            mbarrier.init(q_full.index(slot), 1)
-        for slot in gl.static_range(AHEAD):
-            mbarrier.init(dout_full.index(slot), 1)
+        q_buf, dout_buf, k_buf, v_buf = (
+            ring(q_desc, AHEAD + 1),
+            ring(dout_desc, AHEAD),
+            ring(k_desc, 2),
+            ring(v_desc, 2),
+        )
+        stats_buf, dq_buf = ring(stats_desc, AHEAD + 1), ring(dq_desc, 2)
+        ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], q_desc.dtype)
+        ds_buf = gl.allocate_shared_memory(q_desc.dtype, [2 if WIDE else 4, 64, BLOCK_M], ds_layout)
+        barriers = (full_barriers(1), full_barriers(AHEAD + 1), full_barriers(AHEAD))
         fence_async_shared()
-        barriers = (kv_full, q_full, dout_full)
-        kept = (q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf)
-        outs = (dk_desc, dv_desc)
+        buffers = (q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf)
+        job = (buffers, barriers, (dk_desc, dv_desc), at_k, walk, terms)
         loads = (q_desc, k_desc, v_desc, dout_desc, stats_desc)
         fills = (q_buf, k_buf, v_buf, dout_buf, stats_buf)
         HIDDEN: gl.constexpr = key_range is not None
         if WIDE:
             gl.warp_specialize(
                 [
-                    (consume_wide, (kept, barriers, outs, at_k, walk, terms, 0, GROUP_SIZE, BLOCK_M, BLOCK_N, MASKED, HIDDEN)),
-                    (consume_wide, (kept, barriers, outs, at_k, walk, terms, 1, GROUP_SIZE, BLOCK_M, BLOCK_N, MASKED, HIDDEN)),
+                    (consume_wide, (job, 0, GROUP_SIZE, BLOCK_M, BLOCK_N, MASKED, HIDDEN, ORDER)),
+                    (consume_wide, (job, 1, GROUP_SIZE, BLOCK_M, BLOCK_N, MASKED, HIDDEN, ORDER)),
                     (load_wide, (loads, fills, barriers, at_q, at_k, walk, rows_at, GROUP_SIZE, BLOCK_M, BLOCK_N)),
-                    (add_blocks, (dq_desc, dq_buf, walk, rows_at, GROUP_SIZE, BLOCK_M, BLOCK_N, 2, WARPGROUP + WARP)),
+                    (
+                        add_blocks,
+                        (dq_desc, dq_buf, turns, walk, rows_at, GROUP_SIZE, BLOCK_M, BLOCK_N, 2, WARPGROUP + WARP),
+                    ),
                 ],
                 [4, 1, 1],
                 [240, 24, 24],
             )
         else:
+            comers: gl.constexpr = WARPGROUP + 2 * WARP
             gl.warp_specialize(
                 [
-                    (consume_blocks, (kept, barriers, outs, at_k, walk, terms, 0, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER)),
-                    (consume_blocks, (kept, barriers, outs, at_k, walk, terms, 1, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER)),
-                    (load_blocks, (loads, fills, barriers, at_q, at_k, walk, rows_at, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD)),
-                    (add_blocks, (dq_desc, dq_buf, walk, rows_at, GROUP_SIZE, BLOCK_M, BLOCK_N, 1, WARPGROUP + 2 * WARP)),
+                    (consume_blocks, (job, 0, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER)),
+                    (consume_blocks, (job, 1, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER)),
+                    (
+                        load_blocks,
+                        (loads, fills, barriers, at_q, at_k, walk, rows_at, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD),
+                    ),
+                    (add_blocks, (dq_desc, dq_buf, turns, walk, rows_at, GROUP_SIZE, BLOCK_M, BLOCK_N, 1, comers)),
                 ],
                 [4, 1, 1],
                 [240, 24, 24],

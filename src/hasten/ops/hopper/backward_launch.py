@@ -73,12 +73,13 @@ def backward(
     dout = dout if _is_loadable(dout) else dout.contiguous()
     stats = q.new_empty((sizes.num_heads * sizes.num_blocks, 2 * shape.block_m), dtype=torch.float32)
     dq_sum = q.new_empty((sizes.num_heads * sizes.num_blocks, shape.block_m * sizes.columns), dtype=torch.float32)
-    _before(dout, dlse, out, lse, stats, dq_sum, sizes, call)
-    _main((q, k, v, dout), (dk, dv), stats, dq_sum, sizes, call)
+    turns = q.new_empty((sizes.num_heads * sizes.num_blocks,), dtype=torch.int32)
+    _before(dout, dlse, out, lse, stats, turns, sizes, call)
+    _main((q, k, v, dout), (dk, dv), stats, dq_sum, turns, sizes, call)
     pieces = max(2, shape.block_m * sizes.columns // 4096)
     rows_grid = (pieces * sizes.num_tiles_q * sizes.num_heads * sizes.batch,)
     backward_after[rows_grid](
-        dq_sum, dq, call.cu_seqlens_q, _strides(dq), call.softmax_scale,
+        dq_sum, turns, dq, call.cu_seqlens_q, _strides(dq), call.softmax_scale,
         sizes.num_tiles_q, sizes.num_heads, call.max_seqlen_q, sizes.num_blocks,
         HEAD_DIM=q.shape[-1], BLOCK_D=sizes.columns, BLOCK_M=shape.block_m, num_warps=4,
     )  # fmt: skip
@@ -86,19 +87,25 @@ def backward(
 
 
 def _before(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, stats: Tensor, dq_sum: Tensor, sizes: Sizes, call: Call
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, stats: Tensor, turns: Tensor, sizes: Sizes, call: Call
 ) -> None:
     block_m = SHAPES[sizes.columns].block_m
     backward_before[(sizes.num_tiles_q * sizes.num_heads * sizes.batch,)](
-        out, dout, lse, dlse, stats, dq_sum, call.cu_seqlens_q,
+        out, dout, lse, dlse, stats, turns, call.cu_seqlens_q,
         _strides(out), _strides(dout), _row_strides(lse), None if dlse is None else _row_strides(dlse),
         sizes.num_tiles_q, sizes.num_heads, call.max_seqlen_q, sizes.num_blocks,
-        HEAD_DIM_V=out.shape[-1], BLOCK_D=sizes.columns, BLOCK_DV=sizes.columns, BLOCK_M=block_m, num_warps=4,
+        HEAD_DIM_V=out.shape[-1], BLOCK_DV=sizes.columns, BLOCK_M=block_m, num_warps=4,
     )  # fmt: skip
 
 
 def _main(
-    inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor], stats: Tensor, dq_sum: Tensor, sizes: Sizes, call: Call
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, Tensor],
+    stats: Tensor,
+    dq_sum: Tensor,
+    turns: Tensor,
+    sizes: Sizes,
+    call: Call,
 ) -> None:
     q, k, v, dout = inputs
     shape = SHAPES[sizes.columns]
@@ -114,7 +121,7 @@ def _main(
         TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, 2 * shape.block_m], plain),
         TensorDescriptor(sums, list(sums.shape), list(sums.stride()), piece, plain),
         rows_descriptor(outputs[0], *part), rows_descriptor(outputs[1], *part),
-        call.cu_seqlens_q, call.cu_seqlens_k, key_range, lists, band, (call.softmax_scale, call.softcap or None),
+        turns, call.cu_seqlens_q, call.cu_seqlens_k, key_range, lists, band, (call.softmax_scale, call.softcap or None),
         sizes.num_tiles_k, num_pairs, _pairs_at_once(sizes, call), sizes.num_kv_heads,
         call.max_seqlen_q, call.max_seqlen_k, sizes.num_blocks,
         GROUP_SIZE=sizes.group_size, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, AHEAD=shape.ahead,

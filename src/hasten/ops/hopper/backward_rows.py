@@ -35,14 +35,14 @@ def _rows_at(batch, row, head, strides):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def backward_before(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, stats_ptr, dq_sum_ptr, cu_seqlens_q,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, stats_ptr, turns_ptr, cu_seqlens_q,
     out_strides, dout_strides, lse_strides, dlse_strides, num_tiles, num_heads, seqlen_q, num_blocks,
-    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Row statistics of one block of one head, and zeros where its dQ will be added up.
+    """Row statistics of one block of one head, and zero for how many have added to its dQ.
 
     stats (heads, blocks, 2, BLOCK_M): lse in units of log2, +inf for rows that see nothing or do not exist (so that
-    their probabilities are 0), and delta = rowsum(dout * out) - dlse. dq_sum (heads, blocks, BLOCK_M * BLOCK_D).
+    their probabilities are 0), and delta = rowsum(dout * out) - dlse. turns (heads, blocks): see `backward_tiles.claim`.
     """
     batch, head, m0, first, length, block = _place(
         cu_seqlens_q, tl.program_id(0), num_tiles, num_heads, seqlen_q, BLOCK_M
@@ -67,13 +67,12 @@ def backward_before(
         at = tl.cast(head, tl.int64) * num_blocks + block
         tl.store(stats_ptr + at * (2 * BLOCK_M) + lines, lse * LOG2E)
         tl.store(stats_ptr + at * (2 * BLOCK_M) + BLOCK_M + lines, delta)
-        cell = tl.arange(0, BLOCK_M)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-        tl.store(dq_sum_ptr + at * (BLOCK_M * BLOCK_D) + cell, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+        tl.store(turns_ptr + at, 0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def backward_after(
-    dq_sum_ptr, dq_ptr, cu_seqlens_q, dq_strides, scale, num_tiles, num_heads, seqlen_q, num_blocks,
+    dq_sum_ptr, turns_ptr, dq_ptr, cu_seqlens_q, dq_strides, scale, num_tiles, num_heads, seqlen_q, num_blocks,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dq of one piece of a block of one head: what was summed in float32, times the softmax scale.
@@ -91,8 +90,9 @@ def backward_after(
     if BLOCK_M == 128:
         row0, dim0 = m0 + piece * 64, 0
     if row0 < length:
-        at = (tl.cast(head, tl.int64) * num_blocks + block) * PIECES + piece
-        ordered = tl.load(dq_sum_ptr + at * (64 * N) + tl.arange(0, 64 * N))
+        at = tl.cast(head, tl.int64) * num_blocks + block
+        cells = (at * PIECES + piece) * (64 * N) + tl.arange(0, 64 * N)
+        ordered = tl.load(dq_sum_ptr + cells, mask=tl.load(turns_ptr + at) != 0, other=0.0)
         tile = tl.permute(tl.reshape(ordered, [4, N // 8, 8, 4, 2, 2]), (0, 4, 2, 1, 3, 5))
         dq = (tl.reshape(tile, [64, N]) * scale).to(dq_ptr.dtype.element_ty)
         lines, dims = tl.arange(0, 64), dim0 + tl.arange(0, N)

@@ -8,10 +8,38 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from hasten.ops.hopper import bridge
 from hasten.ops.hopper.cells import LOG2E, accumulator, hide_values, keys_word, tanh
 from hasten.ops.hopper.visits import partial_entry, query_visits, visited
+
+WARPGROUP = gl.constexpr(128)
+WARP = gl.constexpr(32)
+# Named barriers. Narrow: dS of both warpgroups is written. Wide: K and V are as they should be, or have been read.
+BOTH = gl.constexpr(8)
+# dQ of warpgroup w is staged (+ w); its staging is free again (+ w)
+DQ_STAGED = gl.constexpr(9)
+DQ_TAKEN = gl.constexpr(11)
+# Wide: dO has been read; Q has been read in slot 0 or 1 (+ slot)
+DOUT_READ = gl.constexpr(13)
+Q_READ = gl.constexpr(14)
+
+
+@gluon.jit
+def ring(descriptor, SLOTS: gl.constexpr):
+    """Shared memory for `SLOTS` boxes of a descriptor."""
+    shape: gl.constexpr = [SLOTS] + descriptor.block_shape  # noqa: RUF005  # the compiler cannot unpack
+    return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
+
+
+@gluon.jit
+def full_barriers(SLOTS: gl.constexpr):
+    """mbarriers (SLOTS, 1), one for each slot of a ring, that the producer alone arrives at."""
+    barriers = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(barriers.index(slot), 1)
+    return barriers
 
 
 @gluon.jit
@@ -124,7 +152,7 @@ def probabilities(
     """
     scale, softcap = terms
     if softcap is None:
-        if MASKED:
+        if MASKED:  # noqa: SIM102  # this is for the compiler, the next for the GPU
             if is_partial:
                 s = hide_cells(s, -float("inf"), entry, keys, m0, walk, FIRST_WORD, BLOCK_M, BLOCK_N)
         lse = stats.slice(0, BLOCK_M).load(gl.SliceLayout(0, accumulator(BLOCK_M)))
@@ -134,10 +162,56 @@ def probabilities(
         share = tanh(s * scale / softcap)
         lse = stats.slice(0, BLOCK_M).load(gl.SliceLayout(0, accumulator(BLOCK_M)))
         p = gl.exp2(share * (softcap * LOG2E) - lse[None, :])
-        if MASKED:
+        if MASKED:  # noqa: SIM102  # as above
             if is_partial:
                 p = hide_cells(p, 0.0, entry, keys, m0, walk, FIRST_WORD, BLOCK_M, BLOCK_N)
         return p, p * (1.0 - share * share)
+
+
+@gluon.jit
+def claim(turn):
+    """Take a number at a block of dQ: (32,) in one warp, what was there before in its first lane, not waited for.
+
+    The low half of a turn counts those that have finished there, the high half those that came.
+    """
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    return gl.atomic_add(turn + lanes * 0, gl.full_like(lanes, 1 << 16), mask=lanes == 0, sem="relaxed")
+
+
+@gluon.jit
+def first_lane(value):
+    """The value of the first lane of a warp, in all of them."""
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    return gl.sum(gl.where(lanes == 0, value, 0), 0)
+
+
+@gluon.jit
+def wait_turn(turn, claimed):
+    """Whether nobody came before; otherwise wait until the first has stored what the others add to."""
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    value = first_lane(claimed)
+    is_first = value == 0
+    finished = value & 0xFFFF
+    while (finished == 0) & (value != 0):
+        polled = gl.atomic_add(turn + lanes * 0, lanes * 0, mask=lanes == 0, sem="acquire")
+        finished = first_lane(polled) & 0xFFFF
+    return is_first
+
+
+@gluon.jit
+def put(descriptor, coord, source, is_first):
+    """Store the first sum of a block of dQ, add the others: so that nobody has to fill it with zeros."""
+    if is_first:
+        bridge.tma_store(descriptor, coord, source)
+    else:
+        bridge.tma_reduce_add(descriptor, coord, source)
+
+
+@gluon.jit
+def end_turn(turn):
+    """Count one more that has finished at a block of dQ; its sums are in global memory."""
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    gl.atomic_add(turn + lanes * 0, gl.full_like(lanes, 1), mask=lanes == 0, sem="release")
 
 
 @gluon.jit
@@ -149,7 +223,7 @@ def fragments(dq):
 
 @gluon.jit
 def hide_keys(k, v, n0, bounds, BLOCK_N: gl.constexpr):
-    """Zero those of 64 rows of K and V in shared memory that are padding: they may hold anything, and 0 * NaN is NaN."""
+    """Zero the padding among 64 rows of K and V in shared memory: it may hold anything, and 0 * NaN is NaN."""
     for part in gl.static_range(2):
         word = keys_word(None, 0, True, n0, bounds[0], bounds[1], part, BLOCK_N)
         hide_values(k, word, part, k.shape[1])

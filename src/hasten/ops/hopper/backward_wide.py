@@ -17,6 +17,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hasten.ops.hopper import bridge
 from hasten.ops.hopper.backward_tiles import (
+    BOTH,
+    DOUT_READ,
+    DQ_STAGED,
+    DQ_TAKEN,
+    Q_READ,
+    WARP,
+    WARPGROUP,
     block_of,
     fragments,
     hide_keys,
@@ -26,16 +33,6 @@ from hasten.ops.hopper.backward_tiles import (
     visits_of,
 )
 from hasten.ops.hopper.cells import accumulator
-
-# named barriers, beside those of `add_blocks`: K and V are as they should be, or read for the last time;
-# dO has been read; Q of slot 0 or 1 has been read
-KV_SETTLED = gl.constexpr(8)
-DOUT_READ = gl.constexpr(13)
-Q_READ = gl.constexpr(14)
-DQ_WRITTEN = gl.constexpr(9)
-DQ_TAKEN = gl.constexpr(11)
-WARPGROUP = gl.constexpr(128)
-WARP = gl.constexpr(32)
 
 
 @gluon.jit
@@ -49,10 +46,11 @@ def load_wide(
     kv_full, q_full, dout_full = barriers
     lists, place, kv_head, _band, _bounds, _lengths = walk
     n0 = place[1] * BLOCK_N
-    mbarrier.expect(kv_full, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+    kv_at = kv_full.index(0)
+    mbarrier.expect(kv_at, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for half in gl.static_range(2):
-        load_rows(k_desc, at_k, n0, half * k_desc.block_shape[-1], kv_head, kv_full, k_buf.index(half))
-        load_rows(v_desc, at_k, n0, half * v_desc.block_shape[-1], kv_head, kv_full, v_buf.index(half))
+        load_rows(k_desc, at_k, n0, half * k_desc.block_shape[-1], kv_head, kv_at, k_buf.index(half))
+        load_rows(v_desc, at_k, n0, half * v_desc.block_shape[-1], kv_head, kv_at, v_buf.index(half))
     count = 0
     for member in range(GROUP_SIZE):
         head = kv_head * GROUP_SIZE + member
@@ -81,11 +79,11 @@ def load_wide(
 
 @gluon.jit
 def consume_wide(
-    buffers, barriers, out_descs, at_k, walk, terms,
-    W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr,
+    job, W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: columns [W HALF, W HALF + HALF) of dK and dV of the tile of keys and of dQ of every block."""
+    buffers, barriers, out_descs, at_k, walk, terms = job
     q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf = buffers
     kv_full, q_full, dout_full = barriers
     dk_desc, dv_desc = out_descs
@@ -101,10 +99,10 @@ def consume_wide(
     s_zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_mma)
     dq_zero = gl.zeros([BLOCK_M, PIECE], gl.float32, accumulator(PIECE))
     ds_own = ds_buf.index(W)
-    mbarrier.wait(kv_full, 0)
+    mbarrier.wait(kv_full.index(0), 0)
     if HIDDEN_KEYS:
         hide_keys(k_buf.index(W).reshape([BLOCK_N, HALF]), v_buf.index(W).reshape([BLOCK_N, HALF]), n0, bounds, BLOCK_N)
-        bridge.barrier_sync(KV_SETTLED, 2 * WARPGROUP)
+        bridge.barrier_sync(BOTH, 2 * WARPGROUP)
     count = 0
     for member in range(GROUP_SIZE):
         head = kv_head * GROUP_SIZE + member
@@ -112,7 +110,9 @@ def consume_wide(
         for step in range(visits[1] + visits[5]):
             entry, block = block_of(lists, visits, step)
             slot = count & 1
-            zero = count >> 30  # to the compiler a variable: it would keep the wgmma descriptors of K, V and dO, and spill
+            zero = (
+                count >> 30
+            )  # to the compiler a variable: it would keep the wgmma descriptors of K, V and dO, and spill
             q = q_buf.index(slot).reshape([BLOCK_M, 2 * HALF])
             dout = dout_buf.index(zero).reshape([BLOCK_M, 2 * HALF])
             stats = stats_buf.index(slot).reshape([2 * BLOCK_M])
@@ -134,10 +134,13 @@ def consume_wide(
                 0, BLOCK_M, BLOCK_N, MASKED,
             )  # fmt: skip
             p_operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, accumulator(HALF), 2))
+            if ORDER == 1:
+                dv = warpgroup_mma(p_operand, dout.slice(W * HALF, HALF, 1), dv, is_async=True)
             delta = stats.slice(BLOCK_M, BLOCK_M).load(gl.SliceLayout(0, s_mma))
-            dp = warpgroup_mma_wait(0, deps=[dp])
+            dp = warpgroup_mma_wait(ORDER, deps=[dp])
             ds = (slope * (dp - delta[None, :])).to(dtype)
-            dv = warpgroup_mma(p_operand, dout.slice(W * HALF, HALF, 1), dv, is_async=True)
+            if ORDER == 0:
+                dv = warpgroup_mma(p_operand, dout.slice(W * HALF, HALF, 1), dv, is_async=True)
             ds_own.store(ds)
             fence_async_shared()
             dv = warpgroup_mma_wait(0, deps=[dv])
@@ -154,11 +157,11 @@ def consume_wide(
                 bridge.barrier_sync(DQ_TAKEN + W, WARPGROUP + WARP)
                 dq_buf.index(W).store(fragments(dq))
                 fence_async_shared()
-                bridge.barrier_arrive(DQ_WRITTEN + W, WARPGROUP + WARP)
+                bridge.barrier_arrive(DQ_STAGED + W, WARPGROUP + WARP)
             dk = warpgroup_mma_wait(0, deps=[dk])
             bridge.barrier_arrive(Q_READ + slot, 2 * WARPGROUP + WARP)
             count += 1
-    bridge.barrier_sync(KV_SETTLED, 2 * WARPGROUP)
+    bridge.barrier_sync(BOTH, 2 * WARPGROUP)
     v_buf.index(W).reshape([BLOCK_N, HALF]).store(dv.to(dtype))
     k_buf.index(W).reshape([BLOCK_N, HALF]).store((dk * terms[0]).to(dtype))
     fence_async_shared()
