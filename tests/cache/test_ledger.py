@@ -22,7 +22,7 @@ def test_all_kinds_grow_or_none_does():
         one.grow(5)
     assert pages.num_free == (8, 2) and one.num_tokens == 0
     one.grow(4)
-    assert pages.num_free == (6, 0) and one.num_pages == 4
+    assert pages.num_free == (6, 0) and one.num_pages == (2, 2)
     one.slide()
     assert not one.can_grow(1) and pages.num_free == (6, 0)  # token 4 sees 1, 2, 3: both pages
     pages.check_integrity([one])

@@ -24,7 +24,7 @@ class Desk:
 
     def add(self, num_prompt, num_new=4, **options):
         self.count += 1
-        one = Sequence(tokens=[0] * num_prompt, holding=self.ledger.open(), arrival=self.count, **options)
+        one = Sequence(tokens=[0] * num_prompt, holding=self.ledger.open(), arrival=(self.count, 0), **options)
         self.wanted[one], self.computed[one] = num_prompt + num_new, 0
         self.scheduler.add(one)
         return one
@@ -45,7 +45,7 @@ class Desk:
                 if one.num_tokens == self.wanted[one]:
                     self.scheduler.finish(one)
         self.check()
-        return [(chunk.sequence.arrival, chunk.start, chunk.count) for chunk in step.chunks]
+        return [(chunk.sequence.arrival[0], chunk.start, chunk.count) for chunk in step.chunks]
 
     def check(self):
         self.ledger.check_integrity([one.holding for one in self.scheduler.sequences])
@@ -167,7 +167,7 @@ def test_a_fork_shares_pages_until_it_writes():
     desk = Desk(page_size=4)
     one = desk.add(6, 4, seats=2)
     desk.step()
-    two = desk.scheduler.fork(one, 2)
+    two = desk.scheduler.fork(one, (1, 1))
     desk.wanted[two], desk.computed[two] = 10, 6
     assert one.seats == 1 and desk.ledger.num_free == (14,)
     step = desk.scheduler.schedule()
@@ -214,7 +214,7 @@ def test_any_traffic_comes_to_its_end(seed, windows):
             if ready and len(desk.scheduler.running) < seats:
                 one = draw.choice(ready)
                 desk.count += 1
-                two = desk.scheduler.fork(one, desk.count)
+                two = desk.scheduler.fork(one, (one.arrival[0], desk.count))
                 desk.wanted[two], desk.computed[two] = desk.wanted[one], desk.computed[one]
         else:
             desk.step()

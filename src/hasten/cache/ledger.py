@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from hasten.cache.pages import Copy, OutOfPages, PagePool, Table
+from hasten.cache.pages import NULL_PAGE, Copy, OutOfPages, PagePool, Table
 
 
 class Ledger:
@@ -72,9 +72,9 @@ class Holding:
         return self.tables[0].num_tokens
 
     @property
-    def num_pages(self) -> int:
-        """Pages held, of all kinds."""
-        return sum(page != 0 for table in self.tables for page in table.pages)
+    def num_pages(self) -> tuple[int, ...]:
+        """Pages held, by kind."""
+        return tuple(sum(page != NULL_PAGE for page in table.pages) for table in self.tables)
 
     def can_grow(self, count: int) -> bool:
         """True if `grow(count)` would succeed."""

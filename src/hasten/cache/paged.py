@@ -141,6 +141,11 @@ class PagedCache(Cache):
                 values[targets] = values[sources]
 
     @property
+    def page_nbytes(self) -> tuple[int, ...]:
+        """Bytes of one page, over all layers of a kind, by kind."""
+        return tuple(keys[0].nbytes + values[0].nbytes for keys, values in zip(self.keys, self.values, strict=True))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all pools."""
         return sum(pool.nbytes for pool in (*self.keys, *self.values))

@@ -44,12 +44,6 @@ class Answer:
         self.text += piece
         return piece, is_last or self.stopped_by is not None
 
-    def flush(self) -> str:
-        """The text held back, for an answer that is broken off."""
-        piece = self._held()
-        self.text += piece
-        return piece
-
     def _held(self) -> str:
         if self._stream is None or self._stops.found is not None:
             return ""

@@ -47,6 +47,7 @@ def choose(logits: Tensor, wanted: Sequence[Wanted]) -> Tensor:
     rows = torch.tensor([one.row for one in wanted], device=logits.device)
     scores = logits if len(wanted) == len(logits) and _in_order(wanted) else logits[rows]
     tokens = scores.argmax(-1)
+    draws: list[tuple[list[int], Tensor]] = []
     for places in _groups(wanted):
         first = wanted[places[0]].chooser
         part = scores[places].float()
@@ -58,7 +59,9 @@ def choose(logits: Tensor, wanted: Sequence[Wanted]) -> Tensor:
         if first.sampling.temperature == 0:
             tokens[places] = part.argmax(-1)
         else:
-            tokens[places] = draw(torch.softmax(part, -1), [wanted[place].chooser.generator for place in places])
+            draws.append((places, torch.softmax(part, -1)))
+    for places, probabilities in draws:  # once nothing can fail any more: a draw cannot be taken back
+        tokens[places] = draw(probabilities, [wanted[place].chooser.generator for place in places])
     return torch.where(scores.isnan().any(-1), NO_TOKEN, tokens)
 
 

@@ -78,7 +78,7 @@ class Scheduler:
         sequence.state = State.WAITING
         insort(self.waiting, sequence, key=_arrival)
 
-    def fork(self, sequence: Sequence, arrival: int) -> Sequence:
+    def fork(self, sequence: Sequence, arrival: tuple[int, int]) -> Sequence:
         """A running sequence once more, with the same tokens in the same pages; takes one of its seats."""
         assert sequence.state is State.RUNNING, f"a {sequence.state.value} sequence cannot be forked"
         sequence.seats = max(1, sequence.seats - 1)
@@ -156,7 +156,7 @@ class Scheduler:
         self.add(victim)
 
 
-def _arrival(sequence: Sequence) -> int:
+def _arrival(sequence: Sequence) -> tuple[int, int]:
     return sequence.arrival
 
 

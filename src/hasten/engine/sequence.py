@@ -21,14 +21,14 @@ class State(enum.Enum):
 class Sequence:
     """Tokens known so far, of the prompt and new ones, and how many of them are computed.
 
-    arrival: earlier ones go first, and are preempted last. seats: places in a batch that it will take, more than
-    one if it is to be forked. deadline_s: the time, on the scheduler's clock, at which it is too late. owner: whose
-    it is; the scheduler does not look.
+    arrival: (request, continuation of it): earlier ones go first, and are preempted last. seats: places in a batch
+    that it will take, more than one if it is to be forked. deadline_s: the time, on the scheduler's clock, at which it
+    is too late. owner: whose it is; the scheduler does not look.
     """
 
     tokens: list[int]
     holding: Holding
-    arrival: int
+    arrival: tuple[int, int]
     seats: int = 1
     deadline_s: float | None = None
     owner: Any = None

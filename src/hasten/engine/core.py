@@ -1,0 +1,291 @@
+"""The engine without its thread: requests go in, each step computes one batch and hands out events.
+
+Scheduler decides, cache accounts, runner computes, sampler picks; this joins them. A request that fails is let go
+alone. One thread calls it (engine.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hasten.engine import sampler
+from hasten.engine.batch import Piece
+from hasten.engine.batch_runner import BatchRunner
+from hasten.engine.events import Failed, Finished, Logprobs, Token
+from hasten.engine.request import Choice, Request
+from hasten.engine.sampler import NO_TOKEN, Wanted
+from hasten.engine.scheduler import Chunk, Scheduler
+from hasten.engine.sequence import Sequence as Tokens
+from hasten.engine.sequence import State
+from hasten.errors import ArgumentError, HastenError
+
+# what a model or a processor may raise; anything else is the interpreter's own and ends the engine
+FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    HastenError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+_Item = TypeVar("_Item")
+_Got = TypeVar("_Got")
+
+
+class Core:
+    """Requests on their way through one runner.
+
+    clock: seconds, for deadlines and figures.
+    """
+
+    def __init__(
+        self, runner: BatchRunner, scheduler: Scheduler, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.runner, self.scheduler, self.clock = runner, scheduler, clock
+        self.requests: dict[int, Request] = {}
+        self.num_steps = 0
+        self.num_positions = 0  # tokens that went through the model
+
+    @property
+    def is_idle(self) -> bool:
+        """True if there is nothing to do."""
+        return not self.requests
+
+    def add(self, request: Request) -> None:
+        """Let a checked request wait for its turn."""
+        self.requests[request.number] = request
+        first = request.choices[0]
+        first.sequence = Tokens(
+            tokens=list(request.prompt),
+            holding=self.scheduler.ledger.open(),
+            arrival=(request.number, 0),
+            seats=len(request.choices),
+            deadline_s=request.deadline_s,
+            owner=first,
+        )
+        self.scheduler.add(first.sequence)
+
+    def cancel(self, number: int) -> None:
+        """Break a request off, whatever its state; one that is done, or unknown, is left."""
+        if number in self.requests:
+            self._end(self.requests[number], "cancelled")
+
+    def fail(self, number: int, error: HastenError) -> None:
+        """Let a request go with an error."""
+        request = self.requests.pop(number)
+        for choice in request.choices:
+            choice.is_done = True
+            if choice.sequence is not None:
+                self.scheduler.finish(choice.sequence)
+        request.emit(Failed(error=error))
+
+    def step(self) -> None:
+        """Compute one batch and hand out what comes of it."""
+        for late in self.scheduler.expired(self.clock()):
+            if not late.owner.is_done:
+                self._end(late.owner.request, "deadline")
+        chunks = self.scheduler.schedule().chunks
+        if not chunks:
+            return
+        self.num_steps += 1
+        rows = [self._rows(chunk) for chunk in chunks]
+        done, logits = self._apart(self._compute, list(zip(chunks, rows, strict=True)))
+        first = 0
+        wanted: list[tuple[Choice, int]] = []
+        for chunk, own in done:
+            first += len(own)
+            self._read_prompt_logprobs(chunk, own, logits, first - len(own))
+            if chunk.is_last and chunk.sequence.state is State.RUNNING:
+                wanted += [(choice, first - 1) for choice in self._choices(chunk.sequence)]
+        if wanted:
+            self._take(wanted, logits)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every page is free or held by a sequence that is on its way."""
+        held = {choice.sequence for one in self.requests.values() for choice in one.choices if not choice.is_done}
+        assert held - {None} == set(self.scheduler.sequences), "sequences without a request, or requests without one"
+        self.scheduler.ledger.check_integrity([one.holding for one in self.scheduler.sequences])
+
+    def _rows(self, chunk: Chunk) -> list[int]:
+        """Whose logits of a chunk are wanted: the last token's, and the prompt's where nobody has read them."""
+        request: Request = chunk.sequence.owner.request
+        rows: list[int] = []
+        if request.sampling.prompt_logprobs is not None:
+            known = len(request.prompt_logprobs) - 1
+            end = min(chunk.start + chunk.count, len(request.prompt) - 1)
+            rows = [position - chunk.start for position in range(max(chunk.start, known), end)]
+        return [*rows, chunk.count - 1] if chunk.is_last else rows
+
+    def _compute(self, work: Sequence[tuple[Chunk, list[int]]]) -> Tensor:
+        pieces = [
+            Piece(
+                ids=chunk.sequence.tokens[chunk.start : chunk.start + chunk.count],
+                start=chunk.start,
+                holding=chunk.sequence.holding,
+                rows=rows,
+                copies=chunk.copies,
+            )
+            for chunk, rows in work
+        ]
+        logits = self.runner.run(pieces)
+        for chunk, _ in work:
+            chunk.sequence.owner.num_positions += chunk.count
+            self.num_positions += chunk.count
+        return logits
+
+    def _apart(
+        self, compute: Callable[[Sequence[tuple[Chunk, list[int]]]], Tensor], work: list[tuple[Chunk, list[int]]]
+    ) -> tuple[list[tuple[Chunk, list[int]]], Tensor]:
+        """(what could be computed, its rows); if it cannot be together, each alone, and who then fails is let go."""
+        try:
+            return work, compute(work)
+        except FAULTS as error:
+            if len(work) == 1:
+                self.fail(work[0][0].sequence.owner.request.number, _as_ours(error))
+                return [], torch.empty(0)
+        done, rows = [], []
+        for one in work:
+            if one[0].sequence.state is State.RUNNING:  # else a sibling has failed
+                good, part = self._apart(compute, [one])
+                done += good
+                rows += [part] if good else []
+        return done, torch.cat(rows) if rows else torch.empty(0)
+
+    def _choices(self, sequence: Tokens) -> list[Choice]:
+        """Who takes a token from the last row of a sequence: its owner, and those that are forked from it now."""
+        first: Choice = sequence.owner
+        forks = [one for one in first.request.choices if one.sequence is None and not one.is_done]
+        for choice in forks:
+            choice.sequence = self.scheduler.fork(sequence, (first.request.number, choice.index))
+            choice.sequence.owner = choice
+        return [first, *forks]
+
+    def _take(self, wanted: list[tuple[Choice, int]], logits: Tensor) -> None:
+        """Choose a token for each, read them all at once, and give them to their owners."""
+        asked = [Wanted(row, choice.chooser, _tokens(choice)) for choice, row in wanted]
+        try:
+            tokens = sampler.choose(logits, asked)
+        except FAULTS as error:
+            if len({choice.request for choice, _ in wanted}) == 1:
+                self.fail(wanted[0][0].request.number, _as_ours(error))
+                return
+            for number in {choice.request.number: None for choice, _ in wanted}:
+                self._take([one for one in wanted if one[0].request.number == number], logits)
+            return
+        found = self._logprobs(wanted, logits, tokens)
+        now = self.clock()
+        for (choice, _), token, own in zip(wanted, tokens.tolist(), found, strict=True):
+            if not choice.is_done:
+                self._give(choice, token, own, now)
+
+    def _give(self, choice: Choice, token: int, own: Logprobs | None, now: float) -> None:
+        if token == NO_TOKEN:
+            hint = "try dtype float32; if it stays, the weights are broken"
+            self.fail(choice.request.number, ArgumentError("model", "logits that are numbers", "NaN", hint))
+            return
+        if choice.first_token_s is None:
+            choice.first_token_s = now
+        choice.last_token_s = now
+        _tokens(choice).append(token)
+        piece, is_last = choice.answer.push(token)
+        if own is not None:
+            choice.logprobs.append(own)
+        choice.request.emit(Token(id=token, text=piece, index=choice.index, logprobs=own))
+        if is_last:
+            self._finish(choice, "length" if choice.answer.stopped_by is None else "stop")
+
+    def _logprobs(self, wanted: list[tuple[Choice, int]], logits: Tensor, tokens: Tensor) -> list[Logprobs | None]:
+        found: list[Logprobs | None] = [None] * len(wanted)
+        counts = [choice.request.sampling.logprobs for choice, _ in wanted]
+        places = [place for place, count in enumerate(counts) if count is not None]
+        if places:
+            rows = torch.tensor([wanted[place][1] for place in places], device=logits.device)
+            most = max(counts[place] or 0 for place in places)
+            read = _read(logits[rows], tokens[places], most)
+            for place, one in zip(places, read, strict=True):
+                found[place] = Logprobs(logprob=one.logprob, top=one.top[: counts[place]])
+        return found
+
+    def _read_prompt_logprobs(self, chunk: Chunk, rows: list[int], logits: Tensor, first: int) -> None:
+        """Log probabilities of prompt tokens, from the rows before each; the last row of a prompt is for a new one."""
+        request: Request = chunk.sequence.owner.request
+        count = request.sampling.prompt_logprobs
+        rows = [row for row in rows if chunk.start + row < len(request.prompt) - 1]
+        if count is None or not rows:
+            return
+        targets = torch.tensor([request.prompt[chunk.start + row + 1] for row in rows], device=logits.device)
+        request.prompt_logprobs += _read(logits[first : first + len(rows)], targets, count)
+
+    def _end(self, request: Request, reason: str) -> None:
+        for choice in request.choices:
+            if not choice.is_done:
+                self._finish(choice, reason)
+
+    def _finish(self, choice: Choice, reason: str) -> None:
+        """Let a continuation go, and hand out its record."""
+        choice.is_done = True
+        sequence, request = choice.sequence, choice.request
+        if sequence is not None:
+            choice.num_pages, choice.num_preemptions = sequence.holding.num_pages, sequence.num_preemptions
+            self.scheduler.finish(sequence)
+        if request.is_done:
+            del self.requests[request.number]
+        request.emit(self._record(choice, reason))
+
+    def _record(self, choice: Choice, reason: str) -> Finished:
+        request, answer, cache = choice.request, choice.answer, self.runner.cache
+        first, last = choice.first_token_s, choice.last_token_s
+        decode_s = 0.0 if first is None or last is None else last - first
+        return Finished(
+            finish_reason=reason,
+            stopped_by=answer.stopped_by,
+            text=answer.text,
+            token_ids=tuple(answer.tokens),
+            prompt_tokens=len(request.prompt),
+            ttft_s=(self.clock() if first is None else first) - request.submitted_s,
+            decode_s=decode_s,
+            tokens_per_s=(len(answer.tokens) - 1) / decode_s if decode_s > 0 else None,
+            cache_bytes=sum(count * one for count, one in zip(choice.num_pages, cache.page_nbytes, strict=True)),
+            cache_capacity=max(choice.num_pages) * cache.page_size,
+            cache_bytes_per_token=sum(cache.page_nbytes) // cache.page_size,
+            num_positions=choice.num_positions,
+            path="batches over pages",
+            seed=choice.chooser.seed if request.sampling.temperature > 0 else None,
+            dtype=str(cache.dtype).removeprefix("torch."),
+            device=str(self.runner.device),
+            index=choice.index,
+            logprobs=tuple(choice.logprobs),
+            prompt_logprobs=tuple(request.prompt_logprobs),
+            num_preemptions=choice.num_preemptions,
+        )
+
+
+def _tokens(choice: Choice) -> list[int]:
+    assert choice.sequence is not None, "a choice without a sequence has no token to come"
+    return choice.sequence.tokens
+
+
+def _read(logits: Tensor, tokens: Tensor, count: int) -> list[Logprobs]:
+    own, values, ids = (each.tolist() for each in sampler.logprobs(logits, tokens, count))
+    return [
+        Logprobs(logprob=one, top=tuple(zip(places, some, strict=True)))
+        for one, some, places in zip(own, values, ids, strict=True)
+    ]
+
+
+def _as_ours(error: BaseException) -> HastenError:
+    if isinstance(error, HastenError):
+        return error
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return HastenError(f"model: {type(error).__name__} in its forward: {text[:300]}")
+
+
+__all__ = ["Core"]

@@ -1,0 +1,54 @@
+"""A request in the engine: what was asked, its continuations as they grow, and the records they end in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hasten.engine.answer import Answer
+from hasten.engine.events import Failed, Finished, Logprobs, Token
+from hasten.engine.sampling import Chooser, Sampling
+from hasten.engine.sequence import Sequence
+
+Event = Token | Finished | Failed
+
+
+@dataclass(eq=False, kw_only=True)
+class Choice:
+    """One continuation of a request. sequence: None until the prompt is computed, for all but the first."""
+
+    request: Request
+    index: int
+    answer: Answer
+    chooser: Chooser
+    sequence: Sequence | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
+    num_positions: int = 0
+    num_preemptions: int = 0
+    num_pages: tuple[int, ...] = (0,)
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    is_done: bool = False
+
+
+@dataclass(eq=False, kw_only=True)
+class Request:
+    """What was asked. emit: takes its events, in the engine's thread. Times are seconds of the engine's clock."""
+
+    number: int
+    prompt: list[int]
+    sampling: Sampling
+    limit: int
+    emit: Callable[[Event], None]
+    submitted_s: float
+    deadline_s: float | None = None
+    choices: list[Choice] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)  # begins with None if they are asked for
+
+    @property
+    def is_done(self) -> bool:
+        """True if every continuation has ended."""
+        return all(choice.is_done for choice in self.choices)
+
+
+__all__ = ["Choice", "Event", "Request"]
