@@ -121,7 +121,7 @@ def keys_word(lists, entry, is_partial, n0, first_key, end_key, PART: gl.constex
         return word.to(gl.uint32).to(gl.int32, bitcast=True)
     else:
         number = gl.cast(gl.load(lists[2] + entry), gl.int64)
-        return gl.where(is_partial, gl.load(lists[6] + number * (BLOCK_N // 32) + PART), -1)
+        return gl.where(is_partial, gl.load(lists[4] + number * (BLOCK_N // 32) + PART), -1)
 
 
 @gluon.jit

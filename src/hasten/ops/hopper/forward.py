@@ -19,14 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hasten.ops.hopper.bridge import (
-    FIRST_BARRIER,
-    barrier_arrive,
-    barrier_sync,
-    tma_load,
-    tma_store,
-    tma_store_wait,
-)
+from hasten.ops.hopper.bridge import FIRST_BARRIER, barrier_arrive, tma_store, tma_store_wait
 from hasten.ops.hopper.cells import (
     LOG2E,
     accumulator,
@@ -38,113 +31,22 @@ from hasten.ops.hopper.cells import (
     score_unit,
     softmax_step,
 )
-from hasten.ops.hopper.schedule import dense_place, packed_place, take
-from hasten.ops.hopper.visits import element, key_bounds, key_visits, partial_entry, sequence, visited
+from hasten.ops.hopper.producer import produce
+from hasten.ops.hopper.schedule import item_visits
+from hasten.ops.hopper.visits import partial_entry
 
 # sizes for which a kernel compiled for "1" or "a multiple of 16" gains nothing and costs seconds
-LENGTHS = ("num_tiles", "num_heads", "batch", "seqlen_q", "seqlen_k", "heads_per_group")
-
-
-@gluon.jit
-def _visits(where, number, head, tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """What an item sees: (visits, (shift, first_key, end_key), (first row, length of q), (first key, batch of k))."""
-    cu_seqlens_q, cu_seqlens_k, key_range, lists, band, seqlen_q, seqlen_k = where
-    batch, row, length_q = sequence(cu_seqlens_q, number, seqlen_q)
-    _, key, length_k = sequence(cu_seqlens_k, number, seqlen_k)
-    first_key, end_key = key_bounds(key_range, number, length_k)
-    shift, m0 = length_k - length_q, tile * BLOCK_M
-    row_of_tiles = tile
-    if lists is not None:
-        row_of_tiles = number * lists[4] + head * lists[5] + tile
-    m1 = gl.minimum(m0 + BLOCK_M, length_q)
-    visits = key_visits(lists, row_of_tiles, m0, m1, shift, band[0], band[1], first_key, end_key, BLOCK_N)
-    return visits, (shift, first_key, end_key), (batch, row, key, length_q)
-
-
-@gluon.jit
-def _hand_over(q_desc, shared, turn, number, head, tile, batch, row, options: gl.constexpr):
-    """Tell the consumers their next item and load its Q, as soon as a stage of Q is free."""
-    q_smem, _k, _v, slots, q_full, q_empty, _k_full, _v_full = shared
-    CONSUMERS: gl.constexpr = options[4]
-    Q_STAGES: gl.constexpr = options[6]
-    stage = turn % Q_STAGES
-    mbarrier.wait(q_empty.index(stage), ((turn // Q_STAGES) & 1) ^ 1)
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    slots.index(3 * stage).store(gl.full([1], number, gl.int32, layout))
-    slots.index(3 * stage + 1).store(gl.full([1], head, gl.int32, layout))
-    slots.index(3 * stage + 2).store(gl.full([1], tile, gl.int32, layout))
-    gl.thread_barrier()
-    full = q_full.index(stage)
-    if number < 0:
-        mbarrier.arrive(full)
-    else:
-        mbarrier.expect(full, CONSUMERS * q_desc.block_type.nbytes)
-        for consumer in gl.static_range(CONSUMERS):
-            rows = row + (tile * CONSUMERS + consumer) * 64
-            tma_load(q_desc, [batch, head, rows, 0], full, q_smem.index(stage * CONSUMERS + consumer))
-
-
-@gluon.jit
-def _next_place(item, base, before, where, order, options: gl.constexpr):
-    """(sequence, head, tile, base, before) of an item, in either layout."""
-    num_tiles, num_heads, num_sequences, heads_per_group = order
-    if where[0] is None:
-        number, head, tile = dense_place(item, num_tiles, num_heads, num_sequences, heads_per_group)
-        return number, head, tile, base, before
-    else:
-        return packed_place(item, where[0], base, before, num_heads, num_sequences, 64 * options[4])
-
-
-@gluon.jit
-def _produce(descriptors, shared, where, counter, order, options: gl.constexpr):
-    """Take items until there are none, and load what they need.
-
-    The next item is taken and placed, about 2,000 cycles of latency, when the first two tiles of this one are loaded.
-    """
-    q_desc, k_desc, v_desc = descriptors
-    _q, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
-    BLOCK_N: gl.constexpr = options[1]
-    STAGES: gl.constexpr = options[5]
-    THREADS: gl.constexpr = 128 * options[4] + 32
-    lists = where[3]
-    turn, fill, base, before = 0, 0, 0, 0
-    number, head, tile, base, before = _next_place(gl.program_id(0), base, before, where, order, options)
-    while number >= 0:
-        visits, _, place = _visits(where, number, head, tile, 64 * options[4], BLOCK_N)
-        batch, row, key, _ = place
-        num_visits = visits[1] + visits[5]
-        next_number, next_head, next_tile = -1, 0, 0
-        if num_visits == 0:
-            _hand_over(q_desc, shared, turn, number, head, tile, batch, row, options)
-        for step in range(0, gl.maximum(num_visits, 1)):
-            if num_visits > 0:
-                entry = gl.where(step < visits[5], partial_entry(visits, step), visits[0] + step - visits[5])
-                at = [batch, head // options[0], key + visited(lists, entry) * BLOCK_N, 0]
-                stage = fill % STAGES
-                barrier_sync(FIRST_BARRIER + stage, THREADS)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma_load(k_desc, at, k_full.index(stage), k_smem.index(stage))
-                if step == 0:  # after K, which is free before the Q of the item before
-                    _hand_over(q_desc, shared, turn, number, head, tile, batch, row, options)
-                barrier_sync(FIRST_BARRIER + STAGES + stage, THREADS)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma_load(v_desc, at, v_full.index(stage), v_smem.index(stage))
-                fill += 1
-            if step == gl.maximum(gl.minimum(num_visits - 1, 1), 0):
-                item = take(counter, gl.num_programs(0))
-                next_number, next_head, next_tile, base, before = _next_place(item, base, before, where, order, options)
-        number, head, tile = next_number, next_head, next_tile
-        turn += 1
-    _hand_over(q_desc, shared, turn, number, 0, 0, 0, 0, options)
-    for stage in gl.static_range(2 * STAGES):  # leave no named barrier half full
-        barrier_sync(FIRST_BARRIER + stage, THREADS)
+LENGTHS = (
+    "left", "right", "list_batch_stride", "list_head_stride", "num_tiles", "num_heads", "batch", "seqlen_q", "seqlen_k",
+    "total_q", "heads_per_group", "group_size", "head_dim_v",
+)  # fmt: skip
 
 
 @gluon.jit
 def _read_item(shared, turn, options: gl.constexpr):
     """(sequence, head, tile) that the producer handed over, with Q in its stage."""
     _q, _k, _v, slots, q_full, _q_empty, _k_full, _v_full = shared
-    Q_STAGES: gl.constexpr = options[6]
+    Q_STAGES: gl.constexpr = options[4]
     stage = turn % Q_STAGES
     mbarrier.wait(q_full.index(stage), (turn // Q_STAGES) & 1)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -156,12 +58,12 @@ def _read_item(shared, turn, options: gl.constexpr):
 @gluon.jit
 def _cells(where, bounds, m0, entry, is_partial, CONSUMER: gl.constexpr, options: gl.constexpr):
     """bool (64, BLOCK_N): what the rows of one consumer see of a tile."""
-    BLOCK_N: gl.constexpr = options[1]
+    BLOCK_N: gl.constexpr = options[0]
     if where[3] is None:
         row, n0 = m0 + 64 * CONSUMER, entry * BLOCK_N
         return band_cells(row, n0, bounds[0], where[4], where[2], bounds[1], bounds[2], BLOCK_N)
     else:
-        return listed_cells(where[3], entry, 64 * CONSUMER, is_partial, 64 * options[4], BLOCK_N)
+        return listed_cells(where[3], entry, 64 * CONSUMER, is_partial, 64 * options[2], BLOCK_N)
 
 
 @gluon.jit
@@ -170,7 +72,7 @@ def _hide(where, bounds, v, full, phase, entry, is_partial, options: gl.constexp
 
     A dense sequence has none of them: TMA fills with zeros what lies past its end.
     """
-    BLOCK_N: gl.constexpr = options[1]
+    BLOCK_N: gl.constexpr = options[0]
     if (where[3] is not None) | (where[1] is not None) | (where[2] is not None):
         seen = gl.cast(-1, gl.int32)
         for part in gl.static_range(BLOCK_N // 32):
@@ -180,7 +82,7 @@ def _hide(where, bounds, v, full, phase, entry, is_partial, options: gl.constexp
             for part in gl.static_range(BLOCK_N // 32):
                 word = keys_word(where[3], entry, is_partial, entry * BLOCK_N, bounds[1], bounds[2], part, BLOCK_N)
                 if word != -1:
-                    hide_values(v, word, part, options[2])
+                    hide_values(v, word, part, options[1])
             gl.thread_barrier()
 
 
@@ -190,7 +92,7 @@ def _leave_q(shared, turn, options: gl.constexpr):
     _q, _k, _v, _slots, _q_full, q_empty, _k_full, _v_full = shared
     if turn >= 0:
         tma_store_wait(0)
-        mbarrier.arrive(q_empty.index(turn % options[6]))
+        mbarrier.arrive(q_empty.index(turn % options[4]))
 
 
 @gluon.jit
@@ -212,23 +114,23 @@ def _first_visit(
 ):
     """(p, row_max, row_sum) of the first tile of an item: always masked, with no product of V to run beside."""
     _q, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
-    BLOCK_N: gl.constexpr = options[1]
-    STAGES: gl.constexpr = options[5]
+    BLOCK_N: gl.constexpr = options[0]
+    STAGES: gl.constexpr = options[3]
     stage, phase = fill % STAGES, (fill // STAGES) & 1
     s_layout: gl.constexpr = accumulator(BLOCK_N)
     mbarrier.wait(k_full.index(stage), phase)
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     raw = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    if options[6] > 1:
+    if options[4] > 1:
         _leave_q(shared, turn - 1, options)
     keep = _cells(where, bounds, m0, entry, is_partial, CONSUMER, options)
     raw = warpgroup_mma_wait(0, deps=[raw])
-    barrier_arrive(FIRST_BARRIER + stage, 128 * options[4] + 32)
+    barrier_arrive(FIRST_BARRIER + stage, 128 * options[2] + 32)
     value = gl.where(keep, score(raw, terms[0], terms[1]), -float("inf"))
     unit = score_unit(terms[0], terms[1])
     p, _, row_max, row_sum = softmax_step(value, row_max, row_sum, unit, True)
     _hide(where, bounds, v_smem.index(stage), v_full.index(stage), phase, entry, is_partial, options)
-    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, accumulator(options[2]), 2))
+    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, accumulator(options[1]), 2))
     return p, row_max, row_sum
 
 
@@ -252,9 +154,9 @@ def _next_visit(
 ):
     """(acc, p, row_max, row_sum) after one more tile; P of the tile before meets its V beside this tile's softmax."""
     _q, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
-    THREADS: gl.constexpr = 128 * options[4] + 32
-    BLOCK_N: gl.constexpr = options[1]
-    STAGES: gl.constexpr = options[5]
+    THREADS: gl.constexpr = 128 * options[2] + 32
+    BLOCK_N: gl.constexpr = options[0]
+    STAGES: gl.constexpr = options[3]
     stage, phase = fill % STAGES, (fill // STAGES) & 1
     before = (fill - 1) % STAGES
     s_layout: gl.constexpr = accumulator(BLOCK_N)
@@ -276,26 +178,25 @@ def _next_visit(
     barrier_arrive(FIRST_BARRIER + STAGES + before, THREADS)
     if MASKED:
         _hide(where, bounds, v_smem.index(stage), v_full.index(stage), phase, entry, True, options)
-    o_layout: gl.constexpr = accumulator(options[2])
+    o_layout: gl.constexpr = accumulator(options[1])
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None]
     return acc, gl.convert_layout(next_p, gl.DotOperandLayout(0, o_layout, 2)), row_max, row_sum
 
 
 @gluon.jit
-def _store(acc, row_max, row_sum, q, out, lse, terms, place, number, head, first, options: gl.constexpr):
+def _store(acc, row_max, row_sum, q, out, terms, place, number, head, first, options: gl.constexpr):
     """out and lse of 64 rows from `first` on: through shared memory `q` by TMA, which stops at the end of a tensor,
     or by pointers where a packed sequence ends and the rows of its neighbour follow."""
-    out_desc, cu_seqlens_q, out_ptr, out_strides = out
-    BLOCK_D: gl.constexpr = options[2]
-    lse_ptr, lse_strides = lse
+    out_desc, cu_seqlens_q, out_ptr, lse_ptr, num_heads, total_q, head_dim_v = out
+    BLOCK_D: gl.constexpr = options[1]
     batch, row, _, length_q = place
-    o_layout: gl.constexpr = accumulator(options[2])
+    o_layout: gl.constexpr = accumulator(options[1])
     empty = row_sum == 0.0
     row_sum = gl.where(empty, 1.0, row_sum)
     top = row_max * (score_unit(terms[0], terms[1]) / LOG2E)
     value = gl.where(empty, -float("inf"), top + gl.log2(row_sum) / LOG2E)
     rows = first + gl.arange(0, 64, gl.SliceLayout(1, value.type.layout.parent))
-    at = element(batch, row, head, lse_strides)
+    at = gl.cast(batch * num_heads + head, gl.int64) * total_q + row
     gl.store(lse_ptr + at + rows, value, mask=rows < length_q)
     acc = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, o_layout))[:, None]
     if cu_seqlens_q is None:
@@ -305,10 +206,9 @@ def _store(acc, row_max, row_sum, q, out, lse, terms, place, number, head, first
     else:
         own_rows = first + gl.arange(0, 64, gl.SliceLayout(1, o_layout))
         dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
-        offsets = (
-            element(batch, row, head, out_strides) + own_rows[:, None].to(gl.int64) * out_strides[1] + dims[None, :]
-        )
-        inside = (own_rows[:, None] < length_q) & (dims[None, :] < options[3])
+        begins = (row + own_rows).to(gl.int64) * (num_heads * head_dim_v) + head * head_dim_v
+        offsets = begins[:, None] + dims[None, :]
+        inside = (own_rows[:, None] < length_q) & (dims[None, :] < head_dim_v)
         gl.store(out_ptr + offsets, acc.to(q.dtype), mask=inside)
 
 
@@ -322,23 +222,23 @@ def _store_tile(acc, out_desc, q, batch, head, row):
 
 
 @gluon.jit
-def _consume(CONSUMER: gl.constexpr, shared, where, terms, out, lse, options: gl.constexpr):
+def _consume(CONSUMER: gl.constexpr, shared, where, terms, out, options: gl.constexpr):
     """Compute 64 rows of every item that the producer hands over."""
     q_smem, _k, v_smem, _slots, _q_full, _q_empty, _k_full, v_full = shared
-    BLOCK_N: gl.constexpr = options[1]
-    BLOCK_D: gl.constexpr = options[2]
-    CONSUMERS: gl.constexpr = options[4]
-    STAGES: gl.constexpr = options[5]
-    Q_STAGES: gl.constexpr = options[6]
-    THREADS: gl.constexpr = 128 * options[4] + 32
+    BLOCK_N: gl.constexpr = options[0]
+    BLOCK_D: gl.constexpr = options[1]
+    CONSUMERS: gl.constexpr = options[2]
+    STAGES: gl.constexpr = options[3]
+    Q_STAGES: gl.constexpr = options[4]
+    THREADS: gl.constexpr = 128 * options[2] + 32
     s_layout: gl.constexpr = accumulator(BLOCK_N)
-    o_layout: gl.constexpr = accumulator(options[2])
+    o_layout: gl.constexpr = accumulator(options[1])
     for stage in gl.static_range(2 * STAGES):  # all stages of K and V are free
         barrier_arrive(FIRST_BARRIER + stage, THREADS)
     turn, fill = 0, 0
     number, head, tile = _read_item(shared, turn, options)
     while number >= 0:
-        visits, bounds, place = _visits(where, number, head, tile, 64 * CONSUMERS, BLOCK_N)
+        visits, bounds, place = item_visits(where, number, head, tile, 64 * CONSUMERS, BLOCK_N)
         m0, num_full, num_partial = tile * CONSUMERS * 64, visits[1], visits[5]
         q = q_smem.index((turn % Q_STAGES) * CONSUMERS + CONSUMER)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
@@ -371,11 +271,11 @@ def _consume(CONSUMER: gl.constexpr, shared, where, terms, out, lse, options: gl
             acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier_arrive(FIRST_BARRIER + STAGES + last, THREADS)
-        elif options[6] > 1:
+        elif options[4] > 1:
             _leave_q(shared, turn - 1, options)
         first = m0 + 64 * CONSUMER
-        _store(acc, row_max, row_sum, q, out, lse, terms, place, number, head, first, options)
-        if options[6] == 1:
+        _store(acc, row_max, row_sum, q, out, terms, place, number, head, first, options)
+        if options[4] == 1:
             _leave_q(shared, turn, options)
         turn += 1
         number, head, tile = _read_item(shared, turn, options)
@@ -385,13 +285,15 @@ def _consume(CONSUMER: gl.constexpr, shared, where, terms, out, lse, options: gl
 @gluon.jit(do_not_specialize=LENGTHS)
 def attention_forward(
     q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, sinks, counter,
-    cu_seqlens_q, cu_seqlens_k, key_range, lists, band, scale, softcap, out_strides, lse_strides,
-    num_tiles, num_heads, batch, seqlen_q, seqlen_k, heads_per_group,
-    GROUP_SIZE: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    cu_seqlens_q, cu_seqlens_k, key_range, lists, scale, softcap, left, right, list_batch_stride, list_head_stride,
+    num_tiles, num_heads, batch, seqlen_q, seqlen_k, total_q, heads_per_group, group_size, head_dim_v,
+    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """out and lse of all rows; `counter` int32 (1,) is 0. Descriptors are (batch, heads, rows, head_dim)."""
+    """out and lse of all rows; `counter` int32 (1,) is 0. Descriptors are (batch, heads, rows, head_dim).
+
+    out and lse are contiguous; total_q: rows of one head in lse, seqlen_q or the sum of packed ones.
+    """
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, BLOCK_D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], k_desc.layout)
@@ -409,23 +311,24 @@ def attention_forward(
         mbarrier.init(v_full.index(stage), count=1)
     fence_async_shared()
     shared = (q_smem, k_smem, v_smem, slots, q_full, q_empty, k_full, v_full)
-    where = (cu_seqlens_q, cu_seqlens_k, key_range, lists, band, seqlen_q, seqlen_k)
-    options: gl.constexpr = (GROUP_SIZE, BLOCK_N, BLOCK_D, HEAD_DIM_V, CONSUMERS, STAGES, Q_STAGES)
+    list_strides = (list_batch_stride, list_head_stride)
+    where = (cu_seqlens_q, cu_seqlens_k, key_range, lists, (left, right), seqlen_q, seqlen_k, list_strides)
+    options: gl.constexpr = (BLOCK_N, BLOCK_D, CONSUMERS, STAGES, Q_STAGES)
     producer = (
         (q_desc, k_desc, v_desc),
         shared,
         where,
         counter,
-        (num_tiles, num_heads, batch, heads_per_group),
+        (num_tiles, num_heads, batch, heads_per_group, group_size),
         options,
     )
-    terms, out, lse = (scale, softcap, sinks), (out_desc, cu_seqlens_q, out_ptr, out_strides), (lse_ptr, lse_strides)
+    terms, out = (scale, softcap, sinks), (out_desc, cu_seqlens_q, out_ptr, lse_ptr, num_heads, total_q, head_dim_v)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, shared, where, terms, out, lse, options)),
-                (_consume, (1, shared, where, terms, out, lse, options)),
-                (_produce, producer),
+                (_consume, (0, shared, where, terms, out, options)),
+                (_consume, (1, shared, where, terms, out, options)),
+                (produce, producer),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -433,10 +336,10 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, shared, where, terms, out, lse, options)),
-                (_consume, (1, shared, where, terms, out, lse, options)),
-                (_consume, (2, shared, where, terms, out, lse, options)),
-                (_produce, producer),
+                (_consume, (0, shared, where, terms, out, options)),
+                (_consume, (1, shared, where, terms, out, options)),
+                (_consume, (2, shared, where, terms, out, options)),
+                (produce, producer),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],

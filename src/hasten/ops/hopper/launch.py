@@ -1,9 +1,9 @@
-"""Host side of the Hopper forward: outputs, TMA descriptors, grid. Everything was checked above."""
+"""Host side of the Hopper forward: outputs, and the launch of a call, worked out once for each that differs."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +13,84 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from hasten.ops.call import Call
 from hasten.ops.hopper.forward import attention_forward
 from hasten.ops.hopper.table import Tile, forward_tile
-from hasten.ops.tiles import Band, as_band, tile_lists
+from hasten.ops.launching import TENSOR, Described, Launch
+from hasten.ops.tiles import as_band, tile_lists
 
 # keys and values that one group of heads may hold in the L2 cache (50 MB) beside what else passes through it
 _L2_BYTES = 32 * 2**20
+_MOST_PLANS = 256
 
 
-def block_d(q: Tensor, v: Tensor) -> int:
-    """The tile that holds a row of q, k and v: TMA fills the columns past head_dim with zeros."""
-    return max(64, 1 << (max(q.shape[-1], v.shape[-1]) - 1).bit_length())
+class Sizes(NamedTuple):
+    """Sizes and strides of one call, the same names in dense and packed layout. Holds no tensor.
+
+    `band` is (left, right), None for a mask that is no band; that one `varies` by batch and by head or not.
+    """
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    total_q: int
+    total_k: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    strides: tuple[tuple[int, ...], ...]
+    is_packed: bool
+    softmax_scale: float
+    softcap: float | None
+    band: tuple[int | None, int | None] | None
+    varies: tuple[bool, bool]
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Sizes:
+        """Read them off the tensors and the call."""
+        shape, mask = q.shape, call.mask
+        band = as_band(mask)
+        cu_seqlens = call.cu_seqlens_q
+        return cls(
+            shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+            shape[-2],
+            k.shape[-2],
+            shape[-1],
+            v.shape[-1],
+            shape[-3],
+            k.shape[-3],
+            call.max_seqlen_q,
+            call.max_seqlen_k,
+            (q.stride(), k.stride(), v.stride()),
+            cu_seqlens is not None,
+            call.softmax_scale,
+            call.softcap or None,
+            None if band is None else (band.left, band.right),
+            (False, False) if band is not None else (mask.varies_by_batch, mask.varies_by_head),
+        )
+
+    @property
+    def columns(self) -> int:
+        """The tile that holds a row of q, k and v: TMA fills the columns past head_dim with zeros."""
+        return max(64, 1 << (max(self.head_dim, self.head_dim_v) - 1).bit_length())
+
+    def num_items(self, line: Tile) -> int:
+        """Tiles of rows of all heads; of packed sequences, whose tiles the device counts, an upper bound."""
+        per_sequence = -(-self.max_seqlen_q // line.block_m)
+        tiles = self.batch * per_sequence
+        return self.num_heads * (min(tiles, self.total_q // line.block_m + self.batch) if self.is_packed else tiles)
+
+    def heads_per_group(self, line: Tile, num_programs: int) -> int:
+        """Heads whose items are worked on together: as few as fill the GPU, so that HBM is read at an even pace."""
+        group_size = self.num_heads // self.num_kv_heads
+        fitting = _L2_BYTES // (self.max_seqlen_k * 4 * self.columns)
+        needed = -(-num_programs // (-(-self.max_seqlen_q // line.block_m) * group_size))
+        return min(max(1, min(fitting, needed)) * group_size, self.num_heads * self.batch)
+
+    def list_strides(self, line: Tile) -> tuple[int, int]:
+        """Rows of tiles in a list from one sequence to the next and from one head to the next; 0 where they share."""
+        rows = -(-self.max_seqlen_q // line.block_m)
+        by_batch, by_head = self.varies
+        batch_stride = rows * (self.num_heads if by_head else 1) if by_batch and self.batch > 1 else 0
+        return batch_stride, rows if by_head and self.num_heads > 1 else 0
 
 
 @lru_cache
@@ -32,11 +101,10 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @lru_cache
 def _layout(columns: int, is_half: bool) -> gl.NVMMASharedLayout:
-    dtype = gl.float16 if is_half else gl.bfloat16
-    return gl.NVMMASharedLayout.get_default_for([64, columns], dtype)
+    return gl.NVMMASharedLayout.get_default_for([64, columns], gl.float16 if is_half else gl.bfloat16)
 
 
-def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """TMA descriptor (batch, heads, rows, head_dim) of a dense or packed tensor, for boxes of (rows, columns)."""
     if tensor.ndim == 3:
         tensor = tensor.unsqueeze(0)
@@ -52,60 +120,55 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     )
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    """(batch, row, head) strides; packed tensors have no batch."""
-    if tensor.ndim == 3:
-        return 0, tensor.stride(0), tensor.stride(1)
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
-
-
-def _row_strides(lse: Tensor) -> tuple[int, int, int]:
-    """(batch, row, head) strides of lse."""
-    return (0 if lse.ndim == 2 else lse.stride(0)), 1, lse.stride(-2)
-
-
-def _lists(
-    call: Call, batch: int, num_heads: int, line: Tile, device: torch.device
-) -> tuple[tuple[Any, ...] | None, tuple[Any, ...], Tensor | None]:
-    """(index lists or None, (left, right) of a band, real keys of each sequence or None)."""
-    band = as_band(call.mask)
-    if band is not None:
-        padding = None if band.padding is None else band.padding.key_range(call.max_seqlen_k, device)
-        return None, (band.left, band.right), padding
-    sizes = (call.max_seqlen_q, call.max_seqlen_k, line.block_m, line.block_n)
-    lists = tile_lists(call.mask, batch, num_heads, *sizes, device)
-    batch_stride = lists.num_rows * lists.heads if lists.batch > 1 else 0
-    head_stride = lists.num_rows if lists.heads > 1 else 0
-    own = (lists.row_ptr, lists.row_index, lists.row_bits, lists.bits, batch_stride, head_stride, lists.keys_seen)
-    return own, (Band().left, Band().right), None
+@lru_cache(maxsize=_MOST_PLANS)
+def plan(sizes: Sizes, line: Tile, num_programs: int) -> Launch:
+    """Launch of q, k, v, out, out if packed, lse, sinks, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists."""
+    columns = sizes.columns
+    rows, keys = (Described(partial(describe, rows=size, columns=columns)) for size in (64, line.block_n))
+    lists = None if sizes.band is not None else (TENSOR,) * 5
+    arguments = (
+        rows, keys, keys, rows, TENSOR, TENSOR, TENSOR, TENSOR,
+        TENSOR, TENSOR, TENSOR, lists, sizes.softmax_scale, sizes.softcap,
+        *(sizes.band or (None, None)), *sizes.list_strides(line),
+        -(-sizes.max_seqlen_q // line.block_m), sizes.num_heads, sizes.batch, sizes.max_seqlen_q, sizes.max_seqlen_k,
+        sizes.total_q, sizes.heads_per_group(line, num_programs), sizes.num_heads // sizes.num_kv_heads,
+        sizes.head_dim_v,
+    )  # fmt: skip
+    options = {
+        "BLOCK_D": columns,
+        "BLOCK_N": line.block_n,
+        "CONSUMERS": line.consumers,
+        "STAGES": line.stages,
+        "Q_STAGES": line.q_stages,
+        "CONSUMER_REGISTERS": line.consumer_registers,
+        "PRODUCER_REGISTERS": line.producer_registers,
+        "num_warps": 4,
+    }
+    return Launch(attention_forward, (min(sizes.num_items(line), num_programs),), arguments, options)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse), as `call.py` says."""
-    columns = block_d(q, v)
-    line = forward_tile(columns)
-    num_heads, num_kv_heads = q.shape[-2], k.shape[-2]
-    batch = q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    lse = q.new_empty(
-        (num_heads, q.shape[0]) if call.is_packed else (batch, num_heads, q.shape[1]), dtype=torch.float32
-    )
-    lists, band, key_range = _lists(call, batch, num_heads, line, q.device)
-    num_tiles = -(-call.max_seqlen_q // line.block_m)
-    num_items = num_tiles * batch
-    if call.is_packed:  # tiles are counted on the device; so many there are at most
-        num_items = min(num_items, q.shape[0] // line.block_m + batch)
-    head_bytes = call.max_seqlen_k * 2 * columns * q.element_size()
-    heads_per_group = max(1, _L2_BYTES // head_bytes) * (num_heads // num_kv_heads)
-    attention_forward[(min(num_items * num_heads, num_multiprocessors(q.device)),)](
-        descriptor(q, 64, columns), descriptor(k, line.block_n, columns), descriptor(v, line.block_n, columns),
-        descriptor(out, 64, columns), out if call.is_packed else None, lse, call.sinks,
-        torch.zeros(1, dtype=torch.int32, device=q.device),
-        call.cu_seqlens_q, call.cu_seqlens_k, key_range, lists, band, call.softmax_scale, call.softcap or None,
-        _strides(out), _row_strides(lse), num_tiles, num_heads, batch, call.max_seqlen_q, call.max_seqlen_k,
-        min(heads_per_group, num_heads * batch),
-        GROUP_SIZE=num_heads // num_kv_heads, HEAD_DIM_V=v.shape[-1], BLOCK_D=columns, BLOCK_N=line.block_n,
-        CONSUMERS=line.consumers, STAGES=line.stages, Q_STAGES=line.q_stages,
-        CONSUMER_REGISTERS=line.consumer_registers, PRODUCER_REGISTERS=line.producer_registers, num_warps=4,
+    device = q.device
+    sizes = Sizes.of(q, k, v, call)
+    line = forward_tile(sizes.columns, sizes.max_seqlen_q, sizes.band == (None, None))
+    out = q.new_empty((*q.shape[:-1], sizes.head_dim_v))
+    shape = (sizes.num_heads, sizes.total_q) if sizes.is_packed else (sizes.batch, sizes.num_heads, sizes.total_q)
+    lse = torch.empty(shape, dtype=torch.float32, device=device)
+    launch = plan(sizes, line, num_multiprocessors(device))
+    lists: tuple[Tensor, ...] = ()
+    key_range = None
+    if sizes.band is None:
+        lengths = (call.max_seqlen_q, call.max_seqlen_k, line.block_m, line.block_n)
+        found = tile_lists(call.mask, sizes.batch, sizes.num_heads, *lengths, device)
+        lists = (found.row_ptr, found.row_index, found.row_bits, found.bits, found.keys_seen)
+    else:
+        band = as_band(call.mask)
+        if band is not None and band.padding is not None:
+            key_range = band.padding.key_range(call.max_seqlen_k, device)
+    counter = torch.zeros(1, dtype=torch.int32, device=device)
+    launch(
+        q, k, v, out, out if sizes.is_packed else None, lse, call.sinks, counter,
+        call.cu_seqlens_q, call.cu_seqlens_k, key_range, *lists,
     )  # fmt: skip
     return out, lse

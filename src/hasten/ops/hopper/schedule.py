@@ -10,6 +10,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from hasten.ops.hopper.visits import key_bounds, key_visits, sequence
+
 # sequences that one warp counts at a time
 _CHUNK = gl.constexpr(128)
 
@@ -66,3 +68,19 @@ def packed_place(item, cu_seqlens, base, before, num_heads, batch, BLOCK_M: gl.c
             before = after
             searching = True
     return number, head, tile, base, before
+
+
+@gluon.jit
+def item_visits(where, number, head, tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """What an item sees: (visits, (shift, first_key, end_key), (first row, length of q), (first key, batch of k))."""
+    cu_seqlens_q, cu_seqlens_k, key_range, lists, band, seqlen_q, seqlen_k, list_strides = where
+    batch, row, length_q = sequence(cu_seqlens_q, number, seqlen_q)
+    _, key, length_k = sequence(cu_seqlens_k, number, seqlen_k)
+    first_key, end_key = key_bounds(key_range, number, length_k)
+    shift, m0 = length_k - length_q, tile * BLOCK_M
+    row_of_tiles = tile
+    if lists is not None:
+        row_of_tiles = number * list_strides[0] + head * list_strides[1] + tile
+    m1 = gl.minimum(m0 + BLOCK_M, length_q)
+    visits = key_visits(lists, row_of_tiles, m0, m1, shift, band[0], band[1], first_key, end_key, BLOCK_N)
+    return visits, (shift, first_key, end_key), (batch, row, key, length_q)

@@ -27,12 +27,15 @@ class Tile:
 
 # padded head_dim (the larger of q's and v's) -> tile of the forward
 FORWARD: dict[int, Tile] = {
-    64: Tile(3, 128, 3, 2, 160, 32),
+    64: Tile(2, 128, 3, 2),
     128: Tile(2, 128, 2, 2),
     256: Tile(2, 64, 2, 1, 232, 40),
 }
+# 192 rows: better where few tiles are partial and the last one of a sequence is not mostly empty
+FORWARD_LONG = {64: Tile(3, 128, 3, 2, 160, 32)}
 
 
-def forward_tile(block_d: int) -> Tile:
-    """The line for a padded head_dim."""
-    return FORWARD[block_d]
+def forward_tile(block_d: int, seqlen_q: int, sees_all: bool) -> Tile:
+    """The line for a padded head_dim; `sees_all`: the mask is Full."""
+    long = FORWARD_LONG.get(block_d)
+    return long if long is not None and seqlen_q >= (1024 if sees_all else 8192) else FORWARD[block_d]

@@ -1,7 +1,7 @@
 """Where an attention kernel goes: the rows of a sequence, the keys that are no padding, the tiles to visit.
 
 The same answers as everywhere, in Gluon: one vocabulary for dense and packed layouts, bands and index lists.
-`lists` is None for a band, or (ptr, index, bits of entries, bit maps, batch stride, head stride in rows of tiles).
+`lists` is None for a band, or begins with (ptr, index, bits of entries, bit maps) of `tiles.TileLists`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,6 @@ def sequence(cu_seqlens, number, seqlen):
     else:
         start = gl.load(cu_seqlens + number)
         return 0, start, gl.load(cu_seqlens + number + 1) - start
-
-
-@gluon.jit
-def element(batch, row, head, strides):
-    """int64 offset of an element by (batch, row, head) strides: tensors pass 2^31 elements."""
-    at = gl.cast(batch, gl.int64) * strides[0] + gl.cast(row, gl.int64) * strides[1]
-    return at + gl.cast(head, gl.int64) * strides[2]
 
 
 @gluon.jit
