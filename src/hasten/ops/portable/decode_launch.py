@@ -16,6 +16,7 @@ from hasten.ops.decode_call import DecodeCall
 from hasten.ops.kv import KV, PagedKV, RingKV
 from hasten.ops.portable.decode import decode_merge, decode_part
 from hasten.ops.portable.launch import limits
+from hasten.ops.portable.table import Limits
 
 #: keys of a unit, units of a group, groups that are merged at once: the tree that defines the bits of an answer
 UNIT, GROUP, CHUNK = 256, 8, 16
@@ -33,12 +34,12 @@ class Tile:
     num_stages: int
 
 
-# (bytes of a stored number, largest padded head_dim) -> tile. Not measured yet: chosen so that two programs of a
-# Hopper SM hold 100 KB of keys in flight.
+# (bytes of a stored number, largest padded head_dim) -> tile. Not measured yet: chosen so that two or three programs of
+# a Hopper SM hold 100 KB of keys in flight, without spills. Twice the warps from 32 rows on.
 TABLE: dict[tuple[int, int], Tile] = {
-    (1, 64): Tile(128, 4, 4),
+    (1, 64): Tile(64, 4, 4),
     (1, 128): Tile(64, 4, 4),
-    (1, 256): Tile(64, 4, 3),
+    (1, 256): Tile(32, 4, 3),
     (2, 64): Tile(64, 4, 4),
     (2, 128): Tile(64, 4, 3),
     (2, 256): Tile(32, 4, 3),
@@ -94,14 +95,28 @@ def _num_programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def tile_for(element_size: int, block_d: int, block_m: int, is_split: bool, gpu: Limits | None) -> Tile:
+    """The line of the table for a padded head_dim and rows, made to fit the shared memory of the GPU."""
+    line = TABLE[min(key for key in TABLE if key[0] == element_size and key[1] >= block_d)]
+    if block_m >= 32 and (is_split or gpu is None or gpu.generation != "blackwell"):
+        line = replace(line, num_warps=8)
+    while gpu is not None and line.num_stages > 1:
+        need = (block_m * 4 + 2 * line.block_n * element_size * line.num_stages) * block_d + 4096
+        if need <= gpu.shared_bytes:
+            break
+        line = replace(line, num_stages=line.num_stages - 1)
+    return line
+
+
 def plan_for(q: Tensor, keys: KV, call: DecodeCall) -> Plan:
     """The plan of a call, from shapes and the device alone."""
     sizes = Sizes.of(q, keys)
     rows = sizes.group_size * call.max_seqlen_q
     block_d = max(_padded(sizes.head_dim), _padded(sizes.head_dim_v))
-    line = TABLE[min(key for key in TABLE if key[0] == keys.keys.element_size() and key[1] >= block_d)]
-    block_m = min(MOST_ROWS, _padded(rows))
-    if call.max_seqlen_q > MOST_SPLIT:
+    is_split = call.max_seqlen_q <= MOST_SPLIT
+    block_m = min(MOST_ROWS // 2 if is_split and block_d > 128 else MOST_ROWS, _padded(rows))  # two states, no spills
+    line = tile_for(keys.keys.element_size(), block_d, block_m, is_split, limits(q.device))
+    if not is_split:
         return Plan(0, block_m, line)
     tiles = -(-rows // block_m) * sizes.num_kv_heads
     is_full = sizes.batch * tiles * _num_parts(keys, call, GROUP) >= _num_programs(q.device)
@@ -132,6 +147,7 @@ def forward(q: Tensor, keys: KV, call: DecodeCall, plan: Plan | None = None) -> 
     out = q.new_empty((*q.shape[:-1], sizes.head_dim_v))
     shape = (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(shape, dtype=torch.float32)
+    assert UNIT % plan.tile.block_n == 0, "a tile lies in one unit"
     num_parts = _num_parts(keys, call, plan.units)
     num_shared = -(-call.shared_prefix // (UNIT * plan.prefix_units)) if plan.prefix_units else 0
     if num_parts + num_shared == 1:
