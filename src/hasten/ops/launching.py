@@ -24,8 +24,8 @@ from triton.runtime.jit import JITFunction
 TENSOR = object()
 
 #: versions whose CompiledKernel.run(grid x 3, stream, function, metadata, launch metadata, hooks x 2, *arguments)
-#: was read and tested; any other is launched the plain way.
-KNOWN_VERSIONS = ("3.6.",)
+#: was read and tested; any other is launched the plain way. 3.7: with a driver that records, not yet on a GPU.
+KNOWN_VERSIONS = ("3.6.", "3.7.")
 
 _MOST_KINDS = 32
 
@@ -79,8 +79,9 @@ class Launch:
         if ready is None or is_watched(self._kernel):
             self._launch_plainly(key, tensors)
             return
-        for place, shape, strides, padding in ready.descriptors:
-            values[place] = _Descriptor(tensors[place], shape, strides, padding)
+        for place, kind_of, fields in ready.descriptors:  # its checks, which passed once, cost 5 us
+            values[place] = descriptor = object.__new__(kind_of)
+            descriptor.__dict__.update(fields, base=tensors[place])
         rest = ready.rest
         if ready.nested:
             inner = iter(values[ready.num_leading :])
@@ -118,7 +119,7 @@ class Launch:
             rest=rest,
             nested=frozenset(number for number, value in enumerate(rest) if any(_places((value,)))),
             descriptors=tuple(
-                (place, value.shape, value.strides, value.padding)
+                (place, type(value), {**vars(value), "base": None})
                 for place, value in enumerate(made)
                 if value is not None and not isinstance(value, Tensor)
             ),
@@ -134,19 +135,7 @@ class _Ready(NamedTuple):
     num_leading: int
     rest: tuple[Any, ...]
     nested: frozenset[int]
-    descriptors: tuple[tuple[int, Any, Any, str], ...]
-
-
-class _Descriptor:
-    """As much of a tensor descriptor as the launcher of Triton reads; the checks of a real one cost 5 us."""
-
-    __slots__ = ("base", "padding", "shape", "strides")
-
-    def __init__(self, base: Any, shape: Any, strides: Any, padding: str) -> None:
-        self.base = base
-        self.shape = shape
-        self.strides = strides
-        self.padding = padding
+    descriptors: tuple[tuple[int, type[Any], dict[str, Any]], ...]
 
 
 def is_known(kernel: Any, compiled: Any) -> bool:
