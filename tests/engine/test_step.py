@@ -67,3 +67,11 @@ def test_a_layer_that_brings_its_own_keys_is_refused():
     query = torch.zeros(1, 1, 1, 4)
     with pytest.raises(step.NotRecordable, match="Identity attends to keys that it did not get from the cache"):
         function(nn.Identity(), query, query, query, None)
+
+
+def test_a_model_that_is_not_reached_goes_on_with_its_own_forward(monkeypatch):
+    """Layers that write to the cache but attend by a function of their own would attend to what stands for the keys."""
+    runner, plain = runners(GENERATORS[0])
+    monkeypatch.setattr(step, "set_implementation", lambda *_: None)
+    assert distance(runner.next(5), plain.next(5)) < 2e-5
+    assert "attended by another function" in runner.path

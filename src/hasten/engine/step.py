@@ -21,6 +21,7 @@ from hasten.engine.layout import lay_out
 from hasten.engine.recorder import NotRecordable, Recorder
 from hasten.masks import Causal, Full, Mask, Window
 from hasten.models import patterns
+from hasten.models.accelerate import set_implementation
 from hasten.models.masking import ModelMask
 
 NAME = "hasten-step"
@@ -79,12 +80,14 @@ def record(
     recorder.input("position", position)
     nodes = (recorder.input("cache"), recorder.input("encoder_cache"))
     watched = _watch(recorder, position, cache, nodes, max_length)
-    model.set_attn_implementation(NAME)
+    set_implementation(model, NAME)
     try:
         with recorder:
             logits = forward(ids, watched, ModelMask(Causal()))
     finally:
-        model.set_attn_implementation(previous.pop())
+        set_implementation(model, previous.pop())
+    if any(layer.states is not None for layer in _own_layers(watched)):
+        raise NotRecordable("a layer wrote to the cache and attended by another function")
     recorder.finish(logits)
     if may_lay_out:
         lay_out(recorder.graph, recorder.root)
@@ -120,6 +123,11 @@ def _watch(
     watched = EncoderDecoderCache(Cache(layers=layers), Cache(layers=others))
     watched.is_updated = dict.fromkeys(range(len(others)), True)
     return watched
+
+
+def _own_layers(watched: Cache) -> list[_OwnLayer]:
+    own = watched.self_attention_cache if isinstance(watched, EncoderDecoderCache) else watched
+    return [layer for layer in own.layers if isinstance(layer, _OwnLayer)]
 
 
 def _buffers(store: KVLayer) -> tuple[Tensor, Tensor]:

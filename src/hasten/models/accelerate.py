@@ -45,7 +45,7 @@ def accelerate(model: ModelT, *, implementation: str | None = None) -> ModelT:
     parts = [part for root in roots for part in root.modules() if isinstance(part, PreTrainedModel)]
     before = [(part, part.config._attn_implementation) for part in parts]
     for root in roots:
-        _set(root, name)
+        set_implementation(root, name)
         deaf = [path for path, layer in attention_layers(root).items() if _implementation_of(layer) != name]
         if deaf:
             for part, old in before:
@@ -93,8 +93,11 @@ def _calls_interface(kind: type) -> bool:
     return False
 
 
-def _set(root: Any, name: str) -> None:
-    """Set it on every model inside too: transformers 5.17 leaves out those whose configuration is a copy (T5)."""
+def set_implementation(root: Any, name: str) -> None:
+    """Have a transformers model attend by the function registered as `name`, in every model inside it too.
+
+    The model's own method leaves out, in transformers 5.17, those whose configuration is a copy (T5).
+    """
     for part in root.modules():
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation != name:
             part.set_attn_implementation(name)

@@ -130,7 +130,7 @@ def traced(
         return Pattern(right=0)
     if mask_function is masking_utils.bidirectional_mask_function:
         return Pattern()
-    if mask_function.__qualname__ != "and_masks.<locals>.and_mask":
+    if mask_function.__name__.rpartition(".")[2] != "and_mask":  # torch 2.11 traces no __qualname__
         return None
     if is_bidirectional:
         return None if local_size is None else Pattern(left=local_size, right=local_size)
