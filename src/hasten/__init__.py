@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.masks import BlockSparse, Causal, Dense, Documents, Full, Global, Padding, Window
 from hasten.ops.alibi import ALiBi
+from hasten.ops.append import append_kv
 from hasten.ops.attention import attention
+from hasten.ops.decode import decode_attention
 from hasten.ops.explain import explain
+from hasten.ops.kv import ContiguousKV, PagedKV, RingKV, common_prefix
 from hasten.ops.merge import merge
 
 if TYPE_CHECKING:
@@ -24,14 +27,20 @@ __all__ = [
     "ALiBi",
     "BlockSparse",
     "Causal",
+    "ContiguousKV",
     "Dense",
     "Documents",
     "Full",
     "Global",
     "Padding",
+    "PagedKV",
+    "RingKV",
     "Window",
     "accelerate",
+    "append_kv",
     "attention",
+    "common_prefix",
+    "decode_attention",
     "explain",
     "merge",
 ]

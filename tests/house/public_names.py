@@ -4,8 +4,9 @@ from __future__ import annotations
 
 MASKS = ("Full", "Causal", "Window", "Global", "BlockSparse", "Documents", "Padding", "Dense")
 BIASES = ("ALiBi",)
-TENSOR_FUNCTIONS = ("attention", "merge")  # each states its shapes
+CACHES = ("PagedKV", "ContiguousKV", "RingKV", "common_prefix")  # views of a KV cache
+TENSOR_FUNCTIONS = ("attention", "merge", "decode_attention", "append_kv")  # each states its shapes
 REPORTS = ("explain",)  # takes what attention takes and says so
 MODELS = ("accelerate",)
 
-PUBLIC_NAMES = {*MASKS, *BIASES, *TENSOR_FUNCTIONS, *REPORTS, *MODELS}
+PUBLIC_NAMES = {*MASKS, *BIASES, *CACHES, *TENSOR_FUNCTIONS, *REPORTS, *MODELS}

@@ -101,14 +101,21 @@ class Options:
     commit: str | None = None
 
 
-def grid(names: str, batches: str, contexts: str, head_dim: int = 128, shared: int = 0) -> list[DecodeProblem]:
+def grid(
+    names: str,
+    batches: str,
+    contexts: str,
+    head_dim: int = 128,
+    shared: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[DecodeProblem]:
     """Every combination, such as ("mha,gqa,mqa", "1,16,128", "1024,8192,65536"); `shared` tokens come on top."""
     unknown = [name for name in names.split(",") if name not in HEADS]
     if unknown:
         raise ArgumentError("heads", f"some of {', '.join(HEADS)}", repr(unknown[0]), "separate by commas")
     sizes = parse_sizes("batch", batches), parse_sizes("context", contexts)
     return [
-        DecodeProblem(name=name, batch=batch, context=context + shared, head_dim=head_dim, shared=shared)
+        DecodeProblem(name=name, batch=batch, context=context + shared, head_dim=head_dim, shared=shared, dtype=dtype)
         for name in names.split(",")
         for context in sizes[1]
         for batch in sizes[0]

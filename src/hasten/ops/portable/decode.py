@@ -1,9 +1,7 @@
-"""Decode kernels: a few query rows of each sequence over a KV cache, split over keys, then merged.
+"""Decode kernel: a few query rows of each sequence over one part of its keys in a KV cache.
 
-The answer is one fixed tree, whoever computes which part of it: keys fall into units of UNIT keys, units into groups
-of UNITS, by absolute position. A program takes one unit or one whole group, and `decode_merge` does the rest, with the
-same helpers; so the bits of a row depend neither on the batch nor on the capacity (docs/design/decode.md).
-Where a key lies is `key_places`; which rows a program has is `row_places`; scores are in units of log2.
+A program takes one unit of keys, or a whole group, of the tree of `decode_state.py`; `decode_merge` does the rest.
+Where a key lies is `key_places`, which rows a program has `row_places`, what they see `row_bounds`.
 """
 
 from __future__ import annotations
@@ -12,22 +10,10 @@ import triton
 import triton.language as tl
 
 from hasten.ops.portable.cells import LOG2E, tanh
+from hasten.ops.portable.decode_state import empty_state, finished, joined, key_span
 from hasten.ops.portable.visits import load_inside, load_tile, sequence
 
-# units in a group: a part of the definition of the answer, as UNIT is (decode_launch.py)
-GROUP = tl.constexpr(8)
 SIZES = ("batch", "num_tiles", "num_parts", "part_stride", "first_part", "seqlen_q", "capacity", "prefix")
-
-
-@triton.jit
-def key_span(length, length_q, left, capacity, prefix, RING: tl.constexpr):
-    """[first, end) of the keys that any query of a sequence sees, those of a shared prefix left out."""
-    first, end = prefix, length
-    if not RING:
-        end = tl.minimum(length, capacity)
-    if left is not None:
-        first = tl.maximum(first, length - length_q - left)
-    return tl.maximum(first, 0), end
 
 
 @triton.jit
@@ -171,51 +157,12 @@ def _visit(
 
 
 @triton.jit
-def joined(total, part):
-    """The state of two disjoint sets of keys, `part` after `total`; states are (acc (..., dims), max, sum).
-
-    The products are fused by hand: both kernels have to give the same bits.
-    """
-    new_max = tl.maximum(total[1], part[1])
-    safe = tl.where(new_max == -float("inf"), 0.0, new_max)
-    old, new = tl.exp2(total[1] - safe), tl.exp2(part[1] - safe)
-    acc = tl.fma(part[0], tl.expand_dims(new, -1), total[0] * tl.expand_dims(old, -1))
-    return acc, new_max, tl.fma(part[2], new, total[2] * old)
-
-
-@triton.jit
 def _next_unit(group, unit, starts):
     """(group, unit) before a tile; where it `starts` a unit, the last one goes into the group."""
     acc, row_max, row_sum = joined(group, unit)
     group = tl.where(starts, acc, group[0]), tl.where(starts, row_max, group[1]), tl.where(starts, row_sum, group[2])
     empty = tl.where(starts, -float("inf"), unit[1])
     return group, (tl.where(starts, 0.0, unit[0]), empty, tl.where(starts, 0.0, unit[2]))
-
-
-@triton.jit
-def _empty(SHAPE: tl.constexpr, DIMS: tl.constexpr):
-    """The state of no keys."""
-    acc = tl.zeros([SHAPE, DIMS], tl.float32)
-    return acc, tl.full([SHAPE], -float("inf"), tl.float32), tl.zeros([SHAPE], tl.float32)
-
-
-@triton.jit
-def finished(state, sink):
-    """(out, lse) of a state; `sink`: one more score of each row, without a value, or None."""
-    acc, row_max, row_sum = state
-    if sink is not None:
-        top = tl.maximum(row_max, sink * LOG2E)
-        safe = tl.where(top == -float("inf"), 0.0, top)
-        share = tl.exp2(row_max - safe)
-        acc, row_sum, row_max = (
-            acc * tl.expand_dims(share, -1),
-            tl.fma(row_sum, share, tl.exp2(sink * LOG2E - safe)),
-            top,
-        )
-    is_empty = row_sum == 0.0
-    row_sum = tl.where(is_empty, 1.0, row_sum)
-    lse = tl.where(is_empty, -float("inf"), (row_max + tl.log2(row_sum)) / LOG2E)
-    return acc / tl.expand_dims(row_sum, -1), lse
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -271,7 +218,7 @@ def decode_part(
         cache = (k_ptr + wide_head * k_strides[2], v_ptr + wide_head * v_strides[2], k_scale, v_scale, own_table)
         strides = (k_strides, v_strides, k_scale_strides, v_scale_strides)
         place, rows = (number, capacity, low, high), (position, first, end, slope)
-        state, group = _empty(BLOCK_M, BLOCK_DV), _empty(BLOCK_M, BLOCK_DV)
+        state, group = empty_state(BLOCK_M, BLOCK_DV), empty_state(BLOCK_M, BLOCK_DV)
         tile_low = tl.minimum(low, high) // BLOCK_N
         full_low, full_high, tile_high = tile_low, tile_low, tl.cdiv(high, BLOCK_N)
         if UNITS == 0 or SHARED:  # many rows: masks cost more than a second loop, whose tiles are in no fixed order
@@ -317,92 +264,3 @@ def decode_part(
             )
             tl.store(max_ptr + at, state[1], mask=inside)
             tl.store(sum_ptr + at, state[2], mask=inside)
-
-
-@triton.jit
-def _load_parts(acc_ptr, max_ptr, sum_ptr, at, parts, valid, dims, in_dims, HEAD_DIM_V: tl.constexpr):
-    """The states of parts (CHUNK,) of one row; of no keys where not `valid`."""
-    at += parts
-    acc = tl.load(acc_ptr + at[:, None] * HEAD_DIM_V + dims[None, :], mask=valid[:, None] & in_dims, other=0.0)
-    row_max = tl.load(max_ptr + at, mask=valid, other=-float("inf"))
-    return acc, row_max, tl.load(sum_ptr + at, mask=valid, other=0.0)
-
-
-@triton.jit
-def merged_parts(
-    state, acc_ptr, max_ptr, sum_ptr, at, base, stop, dims, in_dims,
-    HEAD_DIM_V: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """`state` joined with the parts of keys [base, stop), stored from element `at` of max and sum on.
-
-    Groups are taken CHUNK at a time, at absolute places, so that empty ones before and after change no bit.
-    """
-    first_part = base // (UNIT * UNITS)
-    end_part = tl.cdiv(stop, UNIT * UNITS)
-    for chunk in range(base // (UNIT * GROUP * CHUNK), tl.cdiv(stop, UNIT * GROUP * CHUNK)):
-        groups = chunk * CHUNK + tl.arange(0, CHUNK)
-        if UNITS == 1:
-            total = _empty(CHUNK, DIMS)
-            for unit in tl.static_range(GROUP):
-                parts = groups * GROUP + unit
-                valid = (parts >= first_part) & (parts < end_part)
-                total = joined(
-                    total,
-                    _load_parts(acc_ptr, max_ptr, sum_ptr, at, parts - first_part, valid, dims, in_dims, HEAD_DIM_V),
-                )
-        else:
-            valid = (groups >= first_part) & (groups < end_part)
-            total = _load_parts(acc_ptr, max_ptr, sum_ptr, at, groups - first_part, valid, dims, in_dims, HEAD_DIM_V)
-        top = tl.max(total[1], 0, keep_dims=True)
-        weight = tl.exp2(total[1] - tl.where(top == -float("inf"), 0.0, top))
-        acc = tl.sum(total[0] * weight[:, None], 0, keep_dims=True)
-        state = joined(state, (acc, top, tl.sum(total[2] * weight, 0, keep_dims=True)))
-    return state
-
-
-@triton.jit(do_not_specialize=SIZES)
-def decode_merge(
-    acc_ptr, max_ptr, sum_ptr, out_ptr, lse_ptr, lengths, sinks, cu_seqlens_q, left,
-    lse_strides, num_heads, part_stride, first_part, seqlen_q, capacity, prefix,
-    HEAD_DIM_V: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
-    PREFIX_UNITS: tl.constexpr, CHUNK: tl.constexpr, RING: tl.constexpr,
-):  # fmt: skip
-    """out and lse of one row, DIMS dimensions of it, from the states of its parts. Arguments as in `decode_part`.
-
-    PREFIX_UNITS: units in a part of the shared prefix, whose parts come first; 0 without one.
-    """
-    NUM_CHUNKS: tl.constexpr = (HEAD_DIM_V + DIMS - 1) // DIMS
-    program = tl.program_id(0)
-    chunk, head = program % NUM_CHUNKS, program // NUM_CHUNKS % num_heads
-    query, number = program // NUM_CHUNKS // num_heads % seqlen_q, program // NUM_CHUNKS // num_heads // seqlen_q
-    start, length_q, token = number * seqlen_q, seqlen_q, query
-    if cu_seqlens_q is not None:
-        start = tl.load(cu_seqlens_q + number)
-        length_q = tl.load(cu_seqlens_q + number + 1) - start
-        token = start + query
-    if query < length_q:
-        dims = chunk * DIMS + tl.arange(0, DIMS)
-        in_dims = dims[None, :] < HEAD_DIM_V
-        row = (start + query).to(tl.int64) * num_heads + head
-        at = row * part_stride
-        state = _empty(1, DIMS)
-        if PREFIX_UNITS > 0:
-            state = merged_parts(
-                state, acc_ptr, max_ptr, sum_ptr, at, 0, prefix, dims, in_dims,
-                HEAD_DIM_V, DIMS, UNIT, PREFIX_UNITS, CHUNK,
-            )  # fmt: skip
-        base, stop = key_span(tl.load(lengths + number), length_q, left, capacity, prefix, RING)
-        state = merged_parts(
-            state, acc_ptr, max_ptr, sum_ptr, at + first_part, base, stop, dims, in_dims,
-            HEAD_DIM_V, DIMS, UNIT, UNITS, CHUNK,
-        )  # fmt: skip
-        sink = None
-        if sinks is not None:
-            sink = tl.load(sinks + head)
-        out, lse = finished(state, sink)
-        out_ptrs = out_ptr + row * HEAD_DIM_V + dims[None, :]
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_dims)
-        lse_at = number.to(tl.int64) * lse_strides[0] + token.to(tl.int64) * lse_strides[1]
-        lse_at += head.to(tl.int64) * lse_strides[2]
-        if chunk == 0:
-            tl.store(lse_ptr + lse_at + tl.arange(0, 1), lse)

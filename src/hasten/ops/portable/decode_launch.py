@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hasten.ops.decode_call import DecodeCall
 from hasten.ops.kv import KV, PagedKV, RingKV
-from hasten.ops.portable.decode import decode_merge, decode_part
+from hasten.ops.portable.decode import decode_part
+from hasten.ops.portable.decode_merge import decode_merge
 from hasten.ops.portable.launch import limits
 from hasten.ops.portable.table import Limits
 
