@@ -12,8 +12,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 PROMPT ?= def fibonacci(n):
+LOWEST := .venv-lowest
+MEETS_TRANSFORMERS := tests/models tests/cache/test_static.py tests/engine/test_runner.py tests/engine/test_step.py
 
-.PHONY: run test test-interpreter check lint format clean help
+.PHONY: run test test-interpreter test-lowest check lint format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +40,13 @@ $(VENV)/.dev: $(VENV)/.core
 	  && $(PIP) install -c constraints.txt -e '.[dev,bench]' $$triton
 	touch $@
 
+$(LOWEST)/.dev: $(VENV)/.dev
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
+	grep -vE '^(transformers|huggingface[-_]hub|hf-xet|httpx2?|httpcore2?|truststore)==' constraints.txt > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q -c $(LOWEST)/constraints.txt -e '.[dev]' transformers==5.17.0
+	touch $@
+
 run: $(VENV)/.core
 	$(BIN)/hasten generate --prompt '$(PROMPT)' --max-tokens 64
 
@@ -54,7 +63,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test-interpreter
+# the lowest transformers that pyproject.toml allows, under what meets it
+test-lowest: $(LOWEST)/.dev
+	$(LOWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(MEETS_TRANSFORMERS)
+
+check: lint test-interpreter test-lowest
 	$(PYTEST) -m ''
 
 format: $(VENV)/.dev
@@ -62,4 +75,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
