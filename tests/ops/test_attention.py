@@ -146,6 +146,15 @@ def test_the_packed_longest_lengths_may_be_left_out() -> None:
     assert torch.equal(wide, want), "int64 lengths are taken too"
 
 
+def test_integers_of_numpy_are_lengths_too() -> None:
+    from hasten.ops.attention import prepare
+
+    q, bounds = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    longest = torch.tensor(3).numpy()[()]
+    call_ = prepare(q, q, q, None, None, None, None, None, 0.0, bounds, bounds, longest, longest).call
+    assert type(longest) is not int and type(call_.max_seqlen_q) is int and call_.max_seqlen_k == 3
+
+
 def test_no_mask_is_full() -> None:
     q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
     assert torch.equal(hasten.attention(q, k, v), hasten.attention(q, k, v, hasten.Full()))

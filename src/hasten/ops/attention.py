@@ -180,7 +180,7 @@ def _longest(argument: str, given: int | None, cu_seqlens: Tensor | None) -> int
             raise ArgumentTypeError(argument, "an int", repr(given), "read it from the tensor once, before the layers")
         if given < 0:
             raise ArgumentError(argument, "a length >= 0", given, "it is the longest sequence")
-        return given
+        return given if torch.compiler.is_compiling() else given.__index__()  # an int of numpy becomes one of Python
     if not host.can_read(cu_seqlens):
         raise ArgumentError(argument, "an int", None, "give it under torch.compile and in CUDA graphs")
     values = host.host_copy(cu_seqlens)
