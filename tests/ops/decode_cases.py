@@ -151,13 +151,13 @@ def _filled(
     kept = None if scales is None else torch.full((*shape, case.num_kv_heads), torch.nan)
     bits = storage if scales is None else storage.view(torch.int8)
     for number, own in enumerate(tokens):
-        for place in range(own.shape[0]):
-            where = (number, place % shape[1])
-            if table is not None:
-                where = (int(table[number, place // shape[1]]), place % shape[1])
-            bits[where] = own[place] if scales is None else own[place].view(torch.int8)
-            if kept is not None and scales is not None:
-                kept[where] = scales[number][place]
+        first = max(0, own.shape[0] - shape[1]) if case.kind == "ring" else 0
+        places = torch.arange(first, own.shape[0])
+        entries = torch.full_like(places, number) if table is None else table[number, places // shape[1]].long()
+        where = (entries, places % shape[1])
+        bits[where] = own[first:] if scales is None else own[first:].view(torch.int8)
+        if kept is not None and scales is not None:
+            kept[where] = scales[number][first:]
     return storage, kept
 
 

@@ -51,11 +51,13 @@ def test_shipped_tiles_neither_spill_nor_overflow(case, monkeypatch):
     arch = case[0]
     monkeypatch.setattr(decode_launch, "limits", lambda device: table.Limits(arch, SHARED_LIMIT[arch]))
     kernels = compiled(*case)
-    assert {kernel.name for kernel in kernels} == {"decode_part"} | ({"decode_merge"} if case[3] == 1 else set()) | (
-        {"decode_merge"} if case[3] <= decode_launch.MOST_SPLIT else set()
-    )
+    merge = {"decode_merge"} if case[3] <= decode_launch.MOST_SPLIT else set()
+    assert {kernel.name for kernel in kernels} == {"decode_part"} | merge
     for kernel in kernels:
         assert kernel.spill_bytes == 0 and kernel.shared_bytes <= SHARED_LIMIT[arch], kernel
+    ends = [("griddepcontrol.launch_dependents", "decode_part"), ("griddepcontrol.wait", "decode_merge")]
+    for instruction, name in ends if len(kernels) > 1 else []:
+        assert any(instruction in kernel.ptx for kernel in kernels if kernel.name == name) == (arch >= 90)
     if case[4] == BF16:
         assert all("cp.async.cg.shared.global" in kernel.ptx for kernel in kernels if kernel.name == "decode_part")
 

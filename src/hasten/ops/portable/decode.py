@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from hasten.ops.portable.cells import LOG2E, tanh
 from hasten.ops.portable.decode_state import empty_state, finished, joined, key_span
@@ -174,16 +175,19 @@ def decode_part(
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
     PAGE_SIZE: tl.constexpr, RING: tl.constexpr, SHARED: tl.constexpr, DIRECT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys for BLOCK_M rows: its state into acc, max, sum, or out and lse if DIRECT.
 
     UNITS: 1 or GROUP units a part, 0: all keys in one part, which is no tree but one online softmax, as are the parts
     of a SHARED prefix. acc: float32 (tokens,
     num_heads, part_stride, HEAD_DIM_V), max and sum (tokens, num_heads, part_stride), parts from first_part on.
+    OVERLAP: whether the next kernel is `decode_merge`.
     terms: (scale, softcap); band: (left, right). Strides in elements: (batch or page, row, head).
     """
     NESTED: tl.constexpr = UNITS > 1 and not SHARED
+    if OVERLAP:  # the merge may be launched once every program here has begun; it waits for their end itself
+        gdc_launch_dependents()
     program = tl.program_id(0)
     tile, kv_head = program % num_tiles, (program // num_tiles) % num_kv_heads
     part, number = program // num_tiles // num_kv_heads % num_parts, program // num_tiles // num_kv_heads // num_parts

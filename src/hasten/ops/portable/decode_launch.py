@@ -21,6 +21,8 @@ from hasten.ops.portable.table import Limits
 
 #: keys of a unit, units of a group, groups that are merged at once: the tree that defines the bits of an answer
 UNIT, GROUP, CHUNK = 256, 8, 16
+#: dimensions of a row that are merged at once
+DIMS = 32
 #: queries of a sequence above which keys are not split: a chunk of a prompt has rows enough
 MOST_SPLIT = 16
 MOST_ROWS = 64
@@ -120,7 +122,9 @@ def plan_for(q: Tensor, keys: KV, call: DecodeCall) -> Plan:
     if not is_split:
         return Plan(0, block_m, line)
     tiles = -(-rows // block_m) * sizes.num_kv_heads
-    is_full = sizes.batch * tiles * _num_parts(keys, call, GROUP) >= _num_programs(q.device)
+    num_groups = _num_parts(keys, call, GROUP)
+    enough = _num_programs(q.device) // (4 if num_groups == 1 and not call.shared_prefix else 1)  # nothing to merge
+    is_full = sizes.batch * tiles * num_groups >= enough
     prefix_units = 0
     if call.shared_prefix:
         shared_tiles = -(-rows * sizes.batch // MOST_ROWS) * sizes.num_kv_heads
@@ -161,15 +165,39 @@ def forward(q: Tensor, keys: KV, call: DecodeCall, plan: Plan | None = None) -> 
     if num_shared:
         _parts(q, keys, call, plan, (None, lse), parts, (num_shared, total, 0), is_shared=True)
     _parts(q, keys, call, plan, (None, lse), parts, (num_parts, total, num_shared))
-    dims = min(32, _padded(sizes.head_dim_v))
-    programs = keys.batch * call.max_seqlen_q * sizes.num_heads * -(-sizes.head_dim_v // dims)
-    decode_merge[(programs,)](
-        *parts, out, lse, keys.cache_seqlens, call.sinks, call.cu_seqlens_q, call.left, _row_strides(lse),
-        sizes.num_heads, total, num_shared, call.max_seqlen_q, keys.capacity, call.shared_prefix,
-        HEAD_DIM_V=sizes.head_dim_v, DIMS=dims, UNIT=UNIT, UNITS=plan.units, PREFIX_UNITS=plan.prefix_units,
-        CHUNK=CHUNK, RING=isinstance(keys, RingKV), num_warps=4,
-    )  # fmt: skip
+    _merge(q, keys, call, plan, (out, lse), parts, (total, num_shared))
     return out, lse
+
+
+def _merge(
+    q: Tensor,
+    keys: KV,
+    call: DecodeCall,
+    plan: Plan,
+    results: tuple[Tensor, Tensor],
+    parts: tuple[Tensor, Tensor, Tensor],
+    place: tuple[int, int],
+) -> None:
+    """Launch `decode_merge`; place: (parts in the buffers, those of a shared prefix)."""
+    sizes = Sizes.of(q, keys)
+    out, lse = results
+    rows = keys.batch * call.max_seqlen_q * sizes.num_heads
+    pieces = -(-sizes.head_dim_v // DIMS)
+    runs = pieces if rows >= _num_programs(q.device) else 1
+    overlaps = _overlaps(q.device)
+    decode_merge[(rows * -(-pieces // runs),)](
+        *parts, out, lse, keys.cache_seqlens, call.sinks, call.cu_seqlens_q, call.left, _row_strides(lse),
+        sizes.num_heads, *place, call.max_seqlen_q, keys.capacity, call.shared_prefix,
+        HEAD_DIM_V=sizes.head_dim_v, DIMS=DIMS, RUNS=runs, UNIT=UNIT, UNITS=plan.units,
+        PREFIX_UNITS=plan.prefix_units, CHUNK=CHUNK, RING=isinstance(keys, RingKV), OVERLAP=overlaps,
+        num_warps=4, **({"launch_pdl": True} if overlaps else {}),
+    )  # fmt: skip
+
+
+def _overlaps(device: torch.device) -> bool:
+    """True where a kernel can be launched before the one it waits for has ended: NVIDIA from Hopper on."""
+    gpu = limits(device)
+    return gpu is not None and gpu.capability >= 90
 
 
 def _parts(
@@ -203,6 +231,7 @@ def _parts(
         BLOCK_N=plan.tile.block_n, UNIT=UNIT, UNITS=plan.prefix_units if is_shared else plan.units,
         PAGE_SIZE=keys.page_size if isinstance(keys, PagedKV) else 0, RING=isinstance(keys, RingKV),
         SHARED=is_shared, DIRECT=out is not None, PRECISION="ieee",
+        OVERLAP=out is None and not is_shared and _overlaps(q.device),
         num_warps=plan.tile.num_warps, num_stages=_stages(plan.tile, keys),
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from hasten.ops.portable.decode_state import GROUP, empty_state, finished, joined, key_span
 
@@ -55,45 +56,49 @@ def merged_parts(
 def decode_merge(
     acc_ptr, max_ptr, sum_ptr, out_ptr, lse_ptr, lengths, sinks, cu_seqlens_q, left,
     lse_strides, num_heads, part_stride, first_part, seqlen_q, capacity, prefix,
-    HEAD_DIM_V: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
-    PREFIX_UNITS: tl.constexpr, CHUNK: tl.constexpr, RING: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, DIMS: tl.constexpr, RUNS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    PREFIX_UNITS: tl.constexpr, CHUNK: tl.constexpr, RING: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of one row, DIMS dimensions of it, from the states of its parts. Arguments as in `decode_part`.
+    """out and lse of one row from the states of its parts. Other arguments as in `decode_part`.
 
-    PREFIX_UNITS: units in a part of the shared prefix, whose parts come first; 0 without one.
+    A program does RUNS runs of DIMS dimensions, one after another: few rows are cut finer, and no bit knows of it.
+    PREFIX_UNITS: units in a part of the shared prefix, whose parts come first; 0 without one. OVERLAP: whether this was
+    launched before `decode_part` has ended.
     """
-    NUM_CHUNKS: tl.constexpr = (HEAD_DIM_V + DIMS - 1) // DIMS
+    PIECES: tl.constexpr = (HEAD_DIM_V + DIMS * RUNS - 1) // (DIMS * RUNS)
     program = tl.program_id(0)
-    chunk, head = program % NUM_CHUNKS, program // NUM_CHUNKS % num_heads
-    query, number = program // NUM_CHUNKS // num_heads % seqlen_q, program // NUM_CHUNKS // num_heads // seqlen_q
+    piece, head = program % PIECES, program // PIECES % num_heads
+    query, number = program // PIECES // num_heads % seqlen_q, program // PIECES // num_heads // seqlen_q
     start, length_q, token = number * seqlen_q, seqlen_q, query
     if cu_seqlens_q is not None:
         start = tl.load(cu_seqlens_q + number)
         length_q = tl.load(cu_seqlens_q + number + 1) - start
         token = start + query
+    if OVERLAP:
+        gdc_wait()
     if query < length_q:
-        dims = chunk * DIMS + tl.arange(0, DIMS)
-        in_dims = dims[None, :] < HEAD_DIM_V
         row = (start + query).to(tl.int64) * num_heads + head
         at = row * part_stride
-        state = empty_state(1, DIMS)
-        if PREFIX_UNITS > 0:
-            state = merged_parts(
-                state, acc_ptr, max_ptr, sum_ptr, at, 0, prefix, dims, in_dims,
-                HEAD_DIM_V, DIMS, UNIT, PREFIX_UNITS, CHUNK,
-            )  # fmt: skip
         base, stop = key_span(tl.load(lengths + number), length_q, left, capacity, prefix, RING)
-        state = merged_parts(
-            state, acc_ptr, max_ptr, sum_ptr, at + first_part, base, stop, dims, in_dims,
-            HEAD_DIM_V, DIMS, UNIT, UNITS, CHUNK,
-        )  # fmt: skip
         sink = None
         if sinks is not None:
             sink = tl.load(sinks + head)
-        out, lse = finished(state, sink)
-        out_ptrs = out_ptr + row * HEAD_DIM_V + dims[None, :]
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_dims)
-        lse_at = number.to(tl.int64) * lse_strides[0] + token.to(tl.int64) * lse_strides[1]
-        lse_at += head.to(tl.int64) * lse_strides[2]
-        if chunk == 0:
-            tl.store(lse_ptr + lse_at + tl.arange(0, 1), lse)
+        for run in tl.static_range(RUNS):
+            dims = (piece * RUNS + run) * DIMS + tl.arange(0, DIMS)
+            in_dims = dims[None, :] < HEAD_DIM_V
+            state = empty_state(1, DIMS)
+            if PREFIX_UNITS > 0:
+                state = merged_parts(
+                    state, acc_ptr, max_ptr, sum_ptr, at, 0, prefix, dims, in_dims,
+                    HEAD_DIM_V, DIMS, UNIT, PREFIX_UNITS, CHUNK,
+                )  # fmt: skip
+            state = merged_parts(
+                state, acc_ptr, max_ptr, sum_ptr, at + first_part, base, stop, dims, in_dims,
+                HEAD_DIM_V, DIMS, UNIT, UNITS, CHUNK,
+            )  # fmt: skip
+            out, lse = finished(state, sink)
+            out_ptrs = out_ptr + row * HEAD_DIM_V + dims[None, :]
+            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_dims)
+            if (piece == 0) & (run == 0):
+                lse_at = number.to(tl.int64) * lse_strides[0] + token.to(tl.int64) * lse_strides[1]
+                tl.store(lse_ptr + lse_at + head.to(tl.int64) * lse_strides[2] + tl.arange(0, 1), lse)
