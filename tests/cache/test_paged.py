@@ -60,12 +60,16 @@ def test_layers_of_one_kind_share_a_pool_and_its_null_page():
 
 
 def test_what_is_written_is_where_the_tables_say():
-    layer = cache().layers[2]
+    layer = cache().layers[2]  # the second of two layers of its kind
     k, v = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
-    table = torch.tensor([[4, 2]], dtype=torch.int32)
-    tables = Tables(table, torch.tensor([4, 2, 0]), torch.tensor([15, 0, 7]))
-    layer.write(tables, k, v)
-    assert torch.equal(layer.key_pages[4, 15], k[0]) and torch.equal(layer.value_pages[2, 0], v[1])
+    pages, offsets = torch.tensor([4, 2, 0]), torch.tensor([15, 0, 7])
+    tables = Tables(torch.tensor([[4, 2]], dtype=torch.int32), pages * 2 * 16 + offsets)
+    layer.write(tables.rows, k, v)
+    assert torch.equal(layer.key_pages[pages, offsets], k) and torch.equal(layer.value_pages[pages, offsets], v)
+    assert not cache().layers[0].key_pages.any() and layer.key_pages.count_nonzero() == k.numel()
+    for buffers in (None, (torch.empty(2, 16, 2, 8), torch.empty(2, 16, 2, 8))):
+        keys, values = layer.gather(torch.tensor([2, 4]), buffers)
+        assert torch.equal(keys, layer.key_pages[[2, 4]]) and torch.equal(values, layer.value_pages[[2, 4]])
     view = layer.view(tables, torch.tensor([17], dtype=torch.int32))
     assert view.keys is layer.key_pages and view.capacity == 32
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,24 @@ def test_tokens_one_at_a_time_beside_each_other_and_beside_a_prompt(architecture
     found = run_in_pieces(made, PROMPTS, lambda step, row: 1 if step else [2, 19, 33][row])
     assert max(distance(*pair) for pair in zip(found, expected, strict=True)) < 1e-5
     found = run_in_pieces(made, PROMPTS, lambda step, row: 6 if row == 2 else 1)
+    assert max(distance(*pair) for pair in zip(found, expected, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", DECODERS, ids=str)
+def test_the_way_of_a_device_gives_the_same(architecture, monkeypatch):
+    """decode_attention and append_kv, which a GPU takes, by their implementations for a CPU."""
+    model = architecture.build()
+    with torch.no_grad():
+        expected = [model(torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
+    made = poisoned(model)
+    forward = made._forward
+
+    def as_on_a_device(batch):
+        tables = tuple(replace(one, rows=None) for one in batch.pages.tables)
+        return forward(replace(batch, pages=replace(batch.pages, tables=tables, plans=())))
+
+    monkeypatch.setattr(made, "_forward", as_on_a_device)
+    found = run_in_pieces(made, PROMPTS, lambda step, row: 1 if step > 2 else [2, 9, 14][row])
     assert max(distance(*pair) for pair in zip(found, expected, strict=True)) < 1e-5
 
 

@@ -7,17 +7,17 @@ one call of PyTorch's attention with it. Called by attend_pages.py; knows length
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hasten.cache.paged import PagedLayer, Tables
 from hasten.engine.attend import HALVES
 from hasten.masks import Mask
 from hasten.ops.attention import attention
-from hasten.ops.kv import PagedKV
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,7 @@ class DecodePlan:
     hidden: Tensor | None
     unseen: Tensor
     batch: int
+    buffers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of one layer, used by the next again
 
 
 def plan(rows: Sequence[Sequence[int]], lengths: Sequence[int], window: int | None, page_size: int) -> DecodePlan:
@@ -53,10 +54,10 @@ def plan(rows: Sequence[Sequence[int]], lengths: Sequence[int], window: int | No
 
 
 def decode(
-    q: Tensor, view: PagedKV, plan: DecodePlan, scale: float, softcap: float | None, sinks: Tensor | None
+    q: Tensor, layer: PagedLayer, plan: DecodePlan, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """Attention of one new token of each sequence; q and what is returned (batch, num_heads, head_dim)."""
-    k, v = (_gather(rows, plan) for rows in (view.keys, view.values))
+    k, v = _gather(layer, plan)
     if softcap is not None or sinks is not None:
         options: dict[str, Any] = {"softmax_scale": scale, "softcap": softcap, "sinks": sinks}
         out = attention(q[:, None], k, v, bias=plan.hidden, **options)
@@ -75,7 +76,8 @@ def decode(
 
 def extend(
     q: Tensor,
-    view: PagedKV,
+    layer: PagedLayer,
+    tables: Tables,
     rows: Sequence[tuple[int, int]],
     first_row: int,
     mask: Mask,
@@ -89,8 +91,8 @@ def extend(
     """
     outs, start = [], 0
     for row, (count, length) in enumerate(rows, first_row):
-        table = view.block_table[row, : -(-length // view.page_size)]
-        k, v = (pages.index_select(0, table).flatten(0, 1)[None, :length] for pages in (view.keys, view.values))
+        table = tables.block_table[row, : -(-length // layer.key_pages.shape[1])].long()
+        k, v = (pages.flatten(0, 1)[None, :length] for pages in layer.gather(table))
         options: dict[str, Any] = {"softmax_scale": scale, "softcap": softcap, "sinks": sinks}
         out = attention(q[None, start : start + count], k, v, mask, **options)
         assert isinstance(out, Tensor)
@@ -99,11 +101,15 @@ def extend(
     return outs
 
 
-def _gather(rows: Tensor, plan: DecodePlan) -> Tensor:
-    """(batch, columns * page_size, num_kv_heads, head_dim); what was never written is 0: it may have been NaN."""
-    flat = rows.index_select(0, plan.pages).flatten(0, 1)
-    flat.index_fill_(0, plan.unseen, 0)
-    return flat.unflatten(0, (plan.batch, -1))
+def _gather(layer: PagedLayer, plan: DecodePlan) -> tuple[Tensor, Tensor]:
+    """Two of (batch, columns * page_size, num_kv_heads, dim); what was never written is 0: it may have been NaN."""
+    # fresh memory costs more than the copy: the kernel hands it out page by page, so one layer leaves it to the next
+    found = plan.buffers["kv"] = layer.gather(plan.pages, plan.buffers.get("kv"))
+    rows = [pages.flatten(0, 1) for pages in found]
+    for one in rows:
+        one.index_fill_(0, plan.unseen, 0)
+    keys, values = (one.unflatten(0, (plan.batch, -1)) for one in rows)
+    return keys, values
 
 
 __all__ = ["DecodePlan", "decode", "extend", "plan"]

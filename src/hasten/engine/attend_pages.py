@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from hasten.cache.paged import ENDLESS, PagedCache, Tables
+from hasten.cache.paged import ENDLESS, PagedCache, PagedLayer, Tables
 from hasten.engine import attend_cpu
 from hasten.engine.attend_cpu import DecodePlan
 from hasten.errors import ArgumentError
 from hasten.masks import Mask, Window
 from hasten.models import interface, masking, patterns
 from hasten.models.masking import ModelMask
+from hasten.ops.append import append_kv
 from hasten.ops.decode import decode_attention
 from hasten.ops.kv import PagedKV
 
@@ -77,10 +78,13 @@ def forward(
     mask, tables = attention_mask.mask, pages.tables[layer.kind]
     _check_window(mask, pages.cache.kinds[layer.kind].window, module)
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-    layer.write(tables, k, v)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    view, plan = layer.view(tables, pages.cache_seqlens), pages.plans[layer.kind]
-    out = _attend(q, view, mask, scale, softcap, s_aux, pages, plan)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
+    if tables.rows is not None:
+        layer.write(tables.rows, k, v)
+        out = _on_cpu(q, layer, tables, mask, pages, options)
+    else:
+        out = _on_device(q, k, v, layer.view(tables, pages.cache_seqlens), mask, pages, options)
     return out[None], None
 
 
@@ -105,29 +109,27 @@ def _check_window(mask: Mask, window: int | None, module: nn.Module) -> None:
         raise ArgumentError("model", expected, repr(mask), "use hasten.engine.generate for this model")
 
 
-def _attend(
-    q: Tensor,
-    view: PagedKV,
-    mask: Mask,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    pages: Pages,
-    plan: DecodePlan | None,
-) -> Tensor:
+def _on_cpu(q: Tensor, layer: PagedLayer, tables: Tables, mask: Mask, pages: Pages, options: dict[str, Any]) -> Tensor:
     """Attention of packed q (total, num_heads, head_dim); returns the same shape."""
-    if q.device.type == "cpu":
-        num_single = 0 if plan is None else plan.batch
-        rows = pages.lengths[num_single:]
-        outs = attend_cpu.extend(q[num_single:], view, rows, num_single, mask, scale, softcap, sinks)
-        if plan is not None:
-            outs.insert(0, attend_cpu.decode(q[:num_single], view, plan, scale, softcap, sinks))
-        return torch.cat(outs) if len(outs) > 1 else outs[0]
-    options: dict[str, Any] = {"softmax_scale": scale, "softcap": softcap, "sinks": sinks}
+    plan = pages.plans[layer.kind]
+    num_single = 0 if plan is None else plan.batch
+    outs = attend_cpu.extend(q[num_single:], layer, tables, pages.lengths[num_single:], num_single, mask, **options)
+    if plan is not None:
+        outs.insert(0, attend_cpu.decode(q[:num_single], layer, plan, **options))
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _on_device(
+    q: Tensor, k: Tensor, v: Tensor, view: PagedKV, mask: Mask, pages: Pages, options: dict[str, Any]
+) -> Tensor:
+    """Write k and v, and attend; q and what is returned as in `_on_cpu`. Nothing waits for the device."""
+    options["softmax_scale"] = options.pop("scale")
     if pages.max_seqlen_q == 1:
+        append_kv(k[:, None], v[:, None], view)
         out = decode_attention(q[:, None], view, mask, **options)
         assert isinstance(out, Tensor)
         return out[:, 0]
+    append_kv(k, v, view, cu_seqlens_q=pages.cu_seqlens_q)
     options |= {"cu_seqlens_q": pages.cu_seqlens_q, "max_seqlen_q": pages.max_seqlen_q}
     out = decode_attention(q, view, mask, **options)
     assert isinstance(out, Tensor)

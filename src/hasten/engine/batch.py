@@ -56,7 +56,7 @@ def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device) -> Ba
         positions=torch.tensor([positions], device=device),
         pages=Pages(
             cache=cache,
-            tables=tuple(_tables(pieces, kind, cache.page_size, device) for kind in kinds),
+            tables=tuple(_tables(pieces, kind, cache, device) for kind in kinds),
             cache_seqlens=torch.tensor([length for _, length in lengths], dtype=torch.int32, device=device),
             cu_seqlens_q=torch.tensor(ends, dtype=torch.int32, device=device),
             lengths=lengths,
@@ -68,18 +68,20 @@ def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device) -> Ba
     )
 
 
-def _tables(pieces: Sequence[Piece], kind: int, page_size: int, device: torch.device) -> Tables:
-    """Page tables as long as the longest sequence, and the place of every new token."""
+def _tables(pieces: Sequence[Piece], kind: int, cache: PagedCache, device: torch.device) -> Tables:
+    """Page tables as long as the longest sequence; on a CPU also the place of every new token."""
     rows = [piece.holding.tables[kind].pages for piece in pieces]
     longest = max(map(len, rows))
+    block_table = torch.tensor([pages + [0] * (longest - len(pages)) for pages in rows], dtype=torch.int32)
+    if device.type != "cpu":
+        return Tables(block_table.to(device))
+    size, num_layers = cache.page_size, cache.keys[kind].shape[1]
     places = [
-        (pages[position // page_size], position % page_size)
+        pages[position // size] * num_layers * size + position % size
         for piece, pages in zip(pieces, rows, strict=True)
         for position in range(piece.start, piece.start + len(piece.ids))
     ]
-    pages, offsets = torch.tensor(places, dtype=torch.int64, device=device).t().contiguous().unbind(0)
-    padded = [pages + [0] * (longest - len(pages)) for pages in rows]
-    return Tables(torch.tensor(padded, dtype=torch.int32, device=device), pages, offsets)
+    return Tables(block_table, torch.tensor(places))
 
 
 def _plan(
