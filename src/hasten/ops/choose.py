@@ -16,8 +16,8 @@ from hasten.errors import ArgumentError, UnsupportedError
 from hasten.ops.call import Call, Gradients
 
 #: the implementations, and for each device type the order in which they are asked.
-NAMES = ("portable", "blockwise", "reference")
-ORDER = {"cuda": ("portable", "blockwise", "reference")}
+NAMES = ("hopper", "portable", "blockwise", "reference")
+ORDER = {"cuda": ("hopper", "portable", "blockwise", "reference")}
 ORDER_ELSEWHERE = ("blockwise", "reference")
 
 
@@ -37,7 +37,9 @@ class Implementation(Protocol):
 def load(name: str) -> Implementation:
     """The implementation of that name; its module is imported on first use (by statements, which dynamo traces)."""
     module: Any
-    if name == "portable":
+    if name == "hopper":
+        from hasten.ops import hopper as module
+    elif name == "portable":
         from hasten.ops import portable as module
     elif name == "blockwise":
         from hasten.ops import blockwise as module
@@ -80,5 +82,5 @@ def no_triton(tensor: Tensor) -> str | None:
 
 
 def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
-    reason = no_triton(q) if name == "portable" else None
+    reason = no_triton(q) if name in ("hopper", "portable") else None
     return reason or load(name).refuses(q, k, v, call)

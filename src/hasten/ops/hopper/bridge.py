@@ -1,19 +1,16 @@
 """Every name of Gluon that is private, renamed between Triton versions, or missing: one place to check on an upgrade.
 
-Gluon promises no stability. Read and compiled against Triton 3.6 and 3.7; the other files of this package use only
-names that both have in public. Kernels import from here; nothing here knows attention.
+Gluon promises no stability. Read and compiled against Triton 3.6; the other files of this package use only names that
+3.6 to 3.8 have in public (envelope.py says which versions are served). Kernels import from here; nothing here knows
+attention.
 """
 
 from __future__ import annotations
 
-import triton
 import triton.language.core as tl_core
 from triton._C.libtriton import ir
 from triton.experimental.gluon.language import _core
 from triton.experimental.gluon.language.nvidia.hopper import tma
-
-#: first version that is served, and first that is not: outside, the package refuses every call
-FIRST_VERSION, END_VERSION = (3, 6), (3, 8)
 
 tma_load = tma.async_copy_global_to_shared
 tma_store = tma.async_copy_shared_to_global
@@ -24,15 +21,6 @@ tma_store_wait = tma.store_wait
 # it. A kernel that needs a barrier takes FIRST_BARRIER + a number below NUM_BARRIERS.
 FIRST_BARRIER = tl_core.constexpr(8)
 NUM_BARRIERS = 8
-
-
-def version_refusal() -> str | None:
-    """Why this version of Triton cannot serve, or None."""
-    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
-    if FIRST_VERSION <= (major, minor) < END_VERSION:
-        return None
-    first, end = (".".join(map(str, version)) for version in (FIRST_VERSION, END_VERSION))
-    return f"written for triton >= {first}, < {end}, this is {triton.__version__}"
 
 
 def _asm(text: str, operands: list, semantic) -> None:

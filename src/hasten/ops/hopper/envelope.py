@@ -1,19 +1,33 @@
-"""Which calls the Hopper kernels take: what TMA can address, and the features they have."""
+"""Which calls the Hopper kernels take: what TMA can address, and the features they have.
+
+Imports no Gluon, whose names differ between versions of Triton: those that are not served are refused here.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import torch
+import triton
 from torch import Tensor
 
 from hasten.ops.call import Call
-from hasten.ops.hopper.bridge import version_refusal
 from hasten.ops.tiles import as_band
 
 #: bytes of which every address and stride that TMA uses is a multiple
 _TMA_BYTES = 16
 _LARGEST = 2**31 - 1
+#: first version of Triton that is served, and first that is not
+FIRST_VERSION, END_VERSION = (3, 6), (3, 8)
+
+
+def version_refusal() -> str | None:
+    """Why this version of Triton cannot serve, or None."""
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    if FIRST_VERSION <= (major, minor) < END_VERSION:
+        return None
+    first, end = (".".join(map(str, version)) for version in (FIRST_VERSION, END_VERSION))
+    return f"written for triton >= {first}, < {end}, this is {triton.__version__}"
 
 
 @lru_cache
@@ -37,6 +51,13 @@ def untouchable(name: str, tensor: Tensor) -> str | None:
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
     """Why the call is outside the envelope, or None."""
+    if call.deterministic:
+        return "not deterministic: dq is summed in an order that changes from run to run"
+    return outside(q, k, v, call)
+
+
+def outside(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
+    """Why the kernels cannot compute the call, or None; the forward repeats bit for bit, the backward does not."""
     reason = version_refusal()
     if reason or q.device.type != "cuda" or not _is_hopper(q.device):
         return reason or f"written for Hopper (compute capability 9.0), q is on {q.device}"

@@ -4,8 +4,8 @@ The producer loads Q of an item and then its tiles of K and V into rings of shar
 computes 64 rows: S = Q K^T of this tile runs beside O += P V of the tile before, whose P stays in registers.
 
 Who may touch what: a stage of K or V belongs to the producer between the named barrier at which all consumers have
-left it and the mbarrier its TMA completes; a stage of Q holds the item's Q, then, per consumer, the out of its rows,
-and is free again when TMA has read that.
+left it and the mbarrier its TMA completes; a stage of Q holds the item's Q and its number, and is free again after the
+last S of every consumer; `staged` belongs to one consumer, which waits for TMA to have read it before it writes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hasten.ops.hopper.visits import partial_entry
 # sizes for which a kernel compiled for "1" or "a multiple of 16" gains nothing and costs seconds
 LENGTHS = (
     "left", "right", "list_batch_stride", "list_head_stride", "num_tiles", "num_heads", "batch", "seqlen_q", "seqlen_k",
-    "total_q", "heads_per_group", "group_size", "head_dim_v",
+    "total_q", "heads_per_group", "num_groups", "group_size", "head_dim_v",
 )  # fmt: skip
 
 
@@ -87,15 +87,6 @@ def _hide(where, bounds, v, full, phase, entry, is_partial, options: gl.constexp
 
 
 @gluon.jit
-def _leave_q(shared, turn, options: gl.constexpr):
-    """Give the stage of Q of item `turn` back, once TMA has read the out that lies in it."""
-    _q, _k, _v, _slots, _q_full, q_empty, _k_full, _v_full = shared
-    if turn >= 0:
-        tma_store_wait(0)
-        mbarrier.arrive(q_empty.index(turn % options[4]))
-
-
-@gluon.jit
 def _first_visit(
     q,
     row_max,
@@ -107,7 +98,6 @@ def _first_visit(
     entry,
     is_partial,
     fill,
-    turn,
     terms,
     CONSUMER: gl.constexpr,
     options: gl.constexpr,
@@ -121,8 +111,6 @@ def _first_visit(
     mbarrier.wait(k_full.index(stage), phase)
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     raw = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    if options[4] > 1:
-        _leave_q(shared, turn - 1, options)
     keep = _cells(where, bounds, m0, entry, is_partial, CONSUMER, options)
     raw = warpgroup_mma_wait(0, deps=[raw])
     barrier_arrive(FIRST_BARRIER + stage, 128 * options[2] + 32)
@@ -184,8 +172,8 @@ def _next_visit(
 
 
 @gluon.jit
-def _store(acc, row_max, row_sum, q, out, terms, place, number, head, first, options: gl.constexpr):
-    """out and lse of 64 rows from `first` on: through shared memory `q` by TMA, which stops at the end of a tensor,
+def _store(acc, row_max, row_sum, staged, out, terms, place, head, first, options: gl.constexpr):
+    """out and lse of 64 rows from `first` on: through `staged` by TMA, which stops at the end of a tensor,
     or by pointers where a packed sequence ends and the rows of its neighbour follow."""
     out_desc, cu_seqlens_q, out_ptr, lse_ptr, num_heads, total_q, head_dim_v = out
     BLOCK_D: gl.constexpr = options[1]
@@ -200,31 +188,46 @@ def _store(acc, row_max, row_sum, q, out, terms, place, number, head, first, opt
     gl.store(lse_ptr + at + rows, value, mask=rows < length_q)
     acc = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, o_layout))[:, None]
     if cu_seqlens_q is None:
-        _store_tile(acc, out_desc, q, batch, head, first)
+        _store_tile(acc, out_desc, staged, batch, head, first)
     elif first + 64 <= length_q:
-        _store_tile(acc, out_desc, q, batch, head, row + first)
+        _store_tile(acc, out_desc, staged, batch, head, row + first)
     else:
         own_rows = first + gl.arange(0, 64, gl.SliceLayout(1, o_layout))
         dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
         begins = (row + own_rows).to(gl.int64) * (num_heads * head_dim_v) + head * head_dim_v
         offsets = begins[:, None] + dims[None, :]
         inside = (own_rows[:, None] < length_q) & (dims[None, :] < head_dim_v)
-        gl.store(out_ptr + offsets, acc.to(q.dtype), mask=inside)
+        gl.store(out_ptr + offsets, acc.to(staged.dtype), mask=inside)
 
 
 @gluon.jit
-def _store_tile(acc, out_desc, q, batch, head, row):
-    """Issue the TMA store of 64 rows through the shared memory in which their Q was."""
-    q.store(acc.to(q.dtype))
+def _store_tile(acc, out_desc, staged, batch, head, row):
+    """Issue the TMA store of 64 rows, one half of their columns after the other where shared memory holds no more."""
+    COLUMNS: gl.constexpr = staged.shape[1]
+    if acc.shape[1] == COLUMNS:
+        _send(acc, out_desc, staged, [batch, head, row, 0])
+    else:
+        left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, COLUMNS]), (0, 2, 1)))
+        _send(left, out_desc, staged, [batch, head, row, 0])
+        _send(right, out_desc, staged, [batch, head, row, COLUMNS])
+
+
+@gluon.jit
+def _send(values, out_desc, staged, at):
+    """Write values to shared memory once TMA has read what is there, and have TMA store them."""
+    values = gl.convert_layout(values.to(staged.dtype), accumulator(staged.shape[1]), assert_trivial=True)
+    tma_store_wait(0)
+    gl.thread_barrier()
+    staged.store(values)
     fence_async_shared()
     gl.thread_barrier()
-    tma_store(out_desc, [batch, head, row, 0], q)
+    tma_store(out_desc, at, staged)
 
 
 @gluon.jit
-def _consume(CONSUMER: gl.constexpr, shared, where, terms, out, options: gl.constexpr):
+def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options: gl.constexpr):
     """Compute 64 rows of every item that the producer hands over."""
-    q_smem, _k, v_smem, _slots, _q_full, _q_empty, _k_full, v_full = shared
+    q_smem, _k, v_smem, _slots, _q_full, q_empty, _k_full, v_full = shared
     BLOCK_N: gl.constexpr = options[0]
     BLOCK_D: gl.constexpr = options[1]
     CONSUMERS: gl.constexpr = options[2]
@@ -250,8 +253,8 @@ def _consume(CONSUMER: gl.constexpr, shared, where, terms, out, options: gl.cons
         if num_full + num_partial > 0:
             entry = gl.where(num_partial > 0, partial_entry(visits, 0), visits[0])
             p, row_max, row_sum = _first_visit(
-                q, row_max, row_sum, shared, where, bounds, m0, entry, num_partial > 0, fill, turn,
-                terms, CONSUMER, options,
+                q, row_max, row_sum, shared, where, bounds, m0, entry, num_partial > 0, fill, terms,
+                CONSUMER, options,
             )  # fmt: skip
             fill += 1
             for step in range(1, num_partial):
@@ -266,17 +269,16 @@ def _consume(CONSUMER: gl.constexpr, shared, where, terms, out, options: gl.cons
                     terms, False, CONSUMER, options,
                 )  # fmt: skip
                 fill += 1
+            mbarrier.arrive(q_empty.index(turn % Q_STAGES))
             last = (fill - 1) % STAGES
             mbarrier.wait(v_full.index(last), ((fill - 1) // STAGES) & 1)
             acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier_arrive(FIRST_BARRIER + STAGES + last, THREADS)
-        elif options[4] > 1:
-            _leave_q(shared, turn - 1, options)
+        else:
+            mbarrier.arrive(q_empty.index(turn % Q_STAGES))
         first = m0 + 64 * CONSUMER
-        _store(acc, row_max, row_sum, q, out, terms, place, number, head, first, options)
-        if options[4] == 1:
-            _leave_q(shared, turn, options)
+        _store(acc, row_max, row_sum, staged.index(CONSUMER), out, terms, place, head, first, options)
         turn += 1
         number, head, tile = _read_item(shared, turn, options)
     tma_store_wait(0)
@@ -286,7 +288,8 @@ def _consume(CONSUMER: gl.constexpr, shared, where, terms, out, options: gl.cons
 def attention_forward(
     q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, sinks, counter,
     cu_seqlens_q, cu_seqlens_k, key_range, lists, scale, softcap, left, right, list_batch_stride, list_head_stride,
-    num_tiles, num_heads, batch, seqlen_q, seqlen_k, total_q, heads_per_group, group_size, head_dim_v,
+    num_tiles, num_heads, batch, seqlen_q, seqlen_k, total_q, heads_per_group, num_groups, group_size,
+    head_dim_v,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -296,6 +299,7 @@ def attention_forward(
     """
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, BLOCK_D], q_desc.layout)
+    staged = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, out_desc.block_shape[3]], out_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], v_desc.layout)
     slots = gl.allocate_shared_memory(gl.int32, [3 * Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -319,15 +323,15 @@ def attention_forward(
         shared,
         where,
         counter,
-        (num_tiles, num_heads, batch, heads_per_group, group_size),
+        (num_tiles, num_heads, batch, heads_per_group, num_groups, group_size),
         options,
     )
     terms, out = (scale, softcap, sinks), (out_desc, cu_seqlens_q, out_ptr, lse_ptr, num_heads, total_q, head_dim_v)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, shared, where, terms, out, options)),
-                (_consume, (1, shared, where, terms, out, options)),
+                (_consume, (0, shared, staged, where, terms, out, options)),
+                (_consume, (1, shared, staged, where, terms, out, options)),
                 (produce, producer),
             ],
             [4, 1],
@@ -336,9 +340,9 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, shared, where, terms, out, options)),
-                (_consume, (1, shared, where, terms, out, options)),
-                (_consume, (2, shared, where, terms, out, options)),
+                (_consume, (0, shared, staged, where, terms, out, options)),
+                (_consume, (1, shared, staged, where, terms, out, options)),
+                (_consume, (2, shared, staged, where, terms, out, options)),
                 (produce, producer),
             ],
             [4, 4, 1],

@@ -37,9 +37,9 @@ def _hand_over(q_desc, shared, turn, number, head, tile, batch, row, options: gl
 @gluon.jit
 def _next_place(item, base, before, where, order, options: gl.constexpr):
     """(sequence, head, tile, base, before) of an item, in either layout."""
-    num_tiles, num_heads, num_sequences, heads_per_group, _group_size = order
+    num_tiles, num_heads, num_sequences, heads_per_group, num_groups, _group_size = order
     if where[0] is None:
-        number, head, tile = dense_place(item, num_tiles, num_heads, num_sequences, heads_per_group)
+        number, head, tile = dense_place(item, num_tiles, num_heads, num_sequences, heads_per_group, num_groups)
         return number, head, tile, base, before
     else:
         return packed_place(item, where[0], base, before, num_heads, num_sequences, 64 * options[2])
@@ -56,7 +56,7 @@ def produce(descriptors, shared, where, counter, order, options: gl.constexpr):
     BLOCK_N: gl.constexpr = options[0]
     STAGES: gl.constexpr = options[3]
     THREADS: gl.constexpr = 128 * options[2] + 32
-    lists, group_size = where[3], order[4]
+    lists, group_size = where[3], order[5]
     turn, fill, base, before = 0, 0, 0, 0
     number, head, tile, base, before = _next_place(gl.program_id(0), base, before, where, order, options)
     while number >= 0:

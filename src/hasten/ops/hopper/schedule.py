@@ -28,12 +28,16 @@ def take(counter, num_programs):
 
 
 @gluon.jit
-def dense_place(item, num_tiles, num_heads, batch, heads_per_group):
-    """(sequence, head, tile) of an item where all sequences have one length; sequence -1 after the last."""
-    group = item // (num_tiles * heads_per_group)
+def dense_place(item, num_tiles, num_heads, batch, heads_per_group, num_groups):
+    """(sequence, head, tile) of an item where all sequences have one length; sequence -1 after the last.
+
+    `num_groups` groups of `heads_per_group` heads come first, then one of all the others.
+    """
+    group = gl.minimum(item // (num_tiles * heads_per_group), num_groups)
     first = group * heads_per_group
     rest = item - first * num_tiles
-    width = gl.maximum(gl.minimum(heads_per_group, num_heads * batch - first), 1)
+    width = gl.where(group < num_groups, heads_per_group, num_heads * batch - first)
+    width = gl.maximum(width, 1)
     both = first + rest % width
     number = gl.where(item < num_tiles * num_heads * batch, both // num_heads, -1)
     return number, both % num_heads, num_tiles - 1 - rest // width

@@ -33,9 +33,11 @@ FORWARD: dict[int, Tile] = {
 }
 # 192 rows: better where few tiles are partial and the last one of a sequence is not mostly empty
 FORWARD_LONG = {64: Tile(3, 128, 3, 2, 160, 32)}
+_LONG_FULL, _LONG_MASKED = 2048, 8192
 
 
 def forward_tile(block_d: int, seqlen_q: int, sees_all: bool) -> Tile:
     """The line for a padded head_dim; `sees_all`: the mask is Full."""
     long = FORWARD_LONG.get(block_d)
-    return long if long is not None and seqlen_q >= (1024 if sees_all else 8192) else FORWARD[block_d]
+    is_long = seqlen_q >= (_LONG_FULL if sees_all else _LONG_MASKED)
+    return long if long is not None and is_long else FORWARD[block_d]
