@@ -19,6 +19,7 @@ from hasten.ops.kv import ContiguousKV, PagedKV, RingKV, common_prefix
 from hasten.ops.merge import merge
 
 if TYPE_CHECKING:
+    from hasten.engine import Engine, Sampling
     from hasten.models import accelerate
 
 __version__ = "0.1.0"
@@ -30,11 +31,13 @@ __all__ = [
     "ContiguousKV",
     "Dense",
     "Documents",
+    "Engine",
     "Full",
     "Global",
     "Padding",
     "PagedKV",
     "RingKV",
+    "Sampling",
     "Window",
     "accelerate",
     "append_kv",
@@ -45,7 +48,7 @@ __all__ = [
     "merge",
 ]
 
-_LAZY = {"accelerate": "hasten.models"}
+_LAZY = {"Engine": "hasten.engine", "Sampling": "hasten.engine", "accelerate": "hasten.models"}
 
 
 def __getattr__(name: str) -> Any:
