@@ -22,7 +22,9 @@ CASES = [
     (80, 128, 4, 1, BF16, 0),
     (80, 256, 32, 1, INT8, 0),
     (90, 64, 1, 1, BF16, 0),
-    (90, 128, 32, 1, BF16, 4096),
+    (90, 128, 4, 1, BF16, 4096),
+    (90, 128, 32, 1, BF16, 0),
+    (90, 256, 4, 1, BF16, 4096),
     (90, 128, 4, 64, BF16, 0),
     (90, 128, 4, 1, FP8, 0),
     (90, 128, 8, 1, torch.float32, 0),
@@ -36,9 +38,10 @@ def compiled(arch: int, head_dim: int, group: int, queries: int, dtype: torch.dt
     """Both kernels of a call over a paged cache, split into groups of units."""
     pages = torch.empty(1024, 16, 8, head_dim, dtype=dtype)
     scales = torch.empty(pages.shape[:3]) if dtype in (INT8, FP8) else None
-    ints = (torch.empty(2, 512, dtype=torch.int32), torch.empty(2, dtype=torch.int32))
+    batch = 64 if prefix else 2
+    ints = (torch.empty(batch, 512, dtype=torch.int32), torch.empty(batch, dtype=torch.int32))
     keys = PagedKV(pages, torch.empty_like(pages), *ints, scales, scales)
-    q = torch.empty(2, queries, 8 * group, head_dim, dtype=BF16 if scales is not None else dtype)
+    q = torch.empty(batch, queries, 8 * group, head_dim, dtype=BF16 if scales is not None else dtype)
     call = DecodeCall(softmax_scale=0.1, max_seqlen_q=queries, right=0, shared_prefix=prefix)
     plan = decode_launch.plan_for(q, keys, call)
     if plan.units:

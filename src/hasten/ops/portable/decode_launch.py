@@ -60,6 +60,7 @@ class Plan:
     block_m: int
     tile: Tile
     prefix_units: int = 0
+    prefix_tile: Tile | None = None
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,16 @@ def _num_programs(device: torch.device) -> int:
 
 
 def tile_for(element_size: int, block_d: int, block_m: int, is_split: bool, gpu: Limits | None) -> Tile:
-    """The line of the table for a padded head_dim and rows, made to fit the shared memory of the GPU."""
+    """The line of the table for a padded head_dim and rows, made to fit the shared memory of the GPU.
+
+    Not `is_split`: chunks of prompts and shared prefixes, which keep one state and not two.
+    """
     line = TABLE[min(key for key in TABLE if key[0] == element_size and key[1] >= block_d)]
-    if block_m >= 32 and (is_split or gpu is None or gpu.generation != "blackwell"):
+    generation = "ampere" if gpu is None else gpu.generation
+    has_room = generation != "ampere" and block_d <= 128  # registers of four warps
+    if block_m >= 64 and element_size == 1:  # numbers of 8 bits are widened in registers
+        line = replace(line, block_n=32)
+    if block_m >= 32 and (is_split or not has_room):
         line = replace(line, num_warps=8)
     while gpu is not None and line.num_stages > 1:
         need = (block_m * 4 + 2 * line.block_n * element_size * line.num_stages) * block_d + 4096
@@ -117,7 +125,8 @@ def plan_for(q: Tensor, keys: KV, call: DecodeCall) -> Plan:
     rows = sizes.group_size * call.max_seqlen_q
     block_d = max(_padded(sizes.head_dim), _padded(sizes.head_dim_v))
     is_split = call.max_seqlen_q <= MOST_SPLIT
-    block_m = min(MOST_ROWS // 2 if is_split and block_d > 128 else MOST_ROWS, _padded(rows))  # two states, no spills
+    is_wide = block_d > 128 or q.element_size() > 2
+    block_m = min(MOST_ROWS // 2 if is_split and is_wide else MOST_ROWS, _padded(rows))  # two states, no spills
     line = tile_for(keys.keys.element_size(), block_d, block_m, is_split, limits(q.device))
     if not is_split:
         return Plan(0, block_m, line)
@@ -125,12 +134,14 @@ def plan_for(q: Tensor, keys: KV, call: DecodeCall) -> Plan:
     num_groups = _num_parts(keys, call, GROUP)
     enough = _num_programs(q.device) // (4 if num_groups == 1 and not call.shared_prefix else 1)  # nothing to merge
     is_full = sizes.batch * tiles * num_groups >= enough
-    prefix_units = 0
+    prefix_units, prefix_tile = 0, None
     if call.shared_prefix:
+        prefix_rows = min(MOST_ROWS, _padded(rows * sizes.batch))
+        prefix_tile = tile_for(keys.keys.element_size(), block_d, prefix_rows, False, limits(q.device))
         shared_tiles = -(-rows * sizes.batch // MOST_ROWS) * sizes.num_kv_heads
         is_full_prefix = shared_tiles * -(-call.shared_prefix // (UNIT * GROUP)) >= _num_programs(q.device) // 2
         prefix_units = GROUP if is_full_prefix else 1
-    return Plan(GROUP if is_full else 1, block_m, line, prefix_units)
+    return Plan(GROUP if is_full else 1, block_m, line, prefix_units, prefix_tile)
 
 
 def _num_parts(keys: KV, call: DecodeCall, units: int) -> int:
@@ -152,7 +163,7 @@ def forward(q: Tensor, keys: KV, call: DecodeCall, plan: Plan | None = None) -> 
     out = q.new_empty((*q.shape[:-1], sizes.head_dim_v))
     shape = (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(shape, dtype=torch.float32)
-    assert UNIT % plan.tile.block_n == 0, "a tile lies in one unit"
+    assert UNIT % plan.tile.block_n == 0, "a tile of keys lies in one unit"
     num_parts = _num_parts(keys, call, plan.units)
     num_shared = -(-call.shared_prefix // (UNIT * plan.prefix_units)) if plan.prefix_units else 0
     if num_parts + num_shared == 1:
@@ -215,6 +226,7 @@ def _parts(
     out, lse = results
     rows = sizes.group_size * call.max_seqlen_q * (sizes.batch if is_shared else 1)
     block_m = min(MOST_ROWS, _padded(rows)) if is_shared else plan.block_m
+    block = plan.prefix_tile if is_shared and plan.prefix_tile is not None else plan.tile
     num_tiles = -(-rows // block_m)
     grid = (num_tiles * sizes.num_kv_heads * place[0] * (1 if is_shared else sizes.batch),)
     table = keys.block_table
@@ -228,11 +240,11 @@ def _parts(
         sizes.batch, num_tiles, sizes.num_kv_heads, *place, call.max_seqlen_q, keys.capacity, call.shared_prefix,
         GROUP_SIZE=sizes.group_size, HEAD_DIM=sizes.head_dim, HEAD_DIM_V=sizes.head_dim_v,
         BLOCK_D=_padded(sizes.head_dim), BLOCK_DV=_padded(sizes.head_dim_v), BLOCK_M=block_m,
-        BLOCK_N=plan.tile.block_n, UNIT=UNIT, UNITS=plan.prefix_units if is_shared else plan.units,
+        BLOCK_N=block.block_n, UNIT=UNIT, UNITS=plan.prefix_units if is_shared else plan.units,
         PAGE_SIZE=keys.page_size if isinstance(keys, PagedKV) else 0, RING=isinstance(keys, RingKV),
         SHARED=is_shared, DIRECT=out is not None, PRECISION="ieee",
         OVERLAP=out is None and not is_shared and _overlaps(q.device),
-        num_warps=plan.tile.num_warps, num_stages=_stages(plan.tile, keys),
+        num_warps=block.num_warps, num_stages=_stages(block, keys),
     )  # fmt: skip
 
 
