@@ -443,7 +443,7 @@ def test_who_may_see_an_operator_does() -> None:
     zeros = torch._efficientzerotensor(2)
     for tensor in (torch.ones(2, device="meta"), torch._neg_view(plain), zeros, plain.as_subclass(Wrapper)):
         assert operators.is_seen(plain, None, tensor)
-    for mode in (FakeTensorMode(), FlopCounterMode(display=False), torch.profiler.profile()):
+    for mode in (FakeTensorMode(), FlopCounterMode(display=False), torch.profiler.profile(acc_events=True)):
         with mode:
             assert operators.is_seen(plain)
     seen = []
@@ -454,7 +454,7 @@ def test_who_may_see_an_operator_does() -> None:
 
 def test_a_profile_names_the_operators() -> None:
     q = torch.randn(1, 5, 2, 8, requires_grad=True)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         hasten.attention(q, q, q, Causal()).sum().backward()
     assert {"hasten::attention", "hasten::attention_backward"} <= {event.name for event in profile.events()}
 
