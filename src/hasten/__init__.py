@@ -20,7 +20,7 @@ from hasten.ops.merge import merge
 
 if TYPE_CHECKING:
     from hasten.engine import Engine, Sampling
-    from hasten.models import accelerate
+    from hasten.models.accelerate import accelerate
 
 __version__ = "0.1.0"
 

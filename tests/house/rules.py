@@ -34,6 +34,7 @@ LIBRARY_HOMES = {
     **{name: {"cli"} for name in ("typer", "click", "rich")},
     **{name: {"serve", "cli"} for name in ("starlette", "fastapi", "uvicorn", "prometheus_client", "httpx")},
     "matplotlib": {"bench"},
+    "llguidance": {"engine"},
     "triton": {"ops"},
     "transformers": {"models", "cache", "convert", "engine", "train", "serve", "bench", "cli"},
     "tokenizers": {"models", "engine", "train", "serve", "bench", "cli"},

@@ -21,6 +21,7 @@ from hasten.engine.answer import Answer
 from hasten.engine.batch_runner import BatchRunner
 from hasten.engine.core import FAULTS, Core
 from hasten.engine.events import Failed, Finished, Token
+from hasten.engine.grammar import Grammars
 from hasten.engine.request import Choice, Event, Request
 from hasten.engine.runner import step_threads
 from hasten.engine.sampling import MAX_SEED, Chooser, Sampling, end_ids
@@ -115,6 +116,7 @@ class Engine:
         scheduler = Scheduler(cache.ledger(), max_batch_tokens=max_batch_tokens, max_running=max_running)
         runner = BatchRunner(model, cache, step_threads=step_threads(model))
         self._core = Core(runner, scheduler)
+        self._grammars = Grammars(tokenizer, model.get_input_embeddings().weight.shape[0])
         self._numbers = itertools.count()
         self._wake = threading.Condition()
         self._inbox: deque[Request | int] = deque()
@@ -230,7 +232,9 @@ class Engine:
         )
         for index in range(sampling.n):
             own = sampling if sampling.seed is None else _with_seed(sampling, index)
-            chooser = Chooser(own, rules, len(ids), len(ids) + limit, self._core.runner.device)
+            grammar = self._grammars.make(sampling, len(ids), sorted(ends))
+            first = [] if grammar is None else [grammar]
+            chooser = Chooser(own, rules, len(ids), len(ids) + limit, self._core.runner.device, first)
             answer = Answer(self.tokenizer, ids, ends, sampling.stop, limit)
             request.choices.append(Choice(request=request, index=index, answer=answer, chooser=chooser))
         return request

@@ -110,8 +110,11 @@ def _check_numbers(logits: Tensor) -> None:
         raise ArgumentError("model", "logits that are numbers", "NaN", hint)
 
 
+_OF_ENGINES = (("n", 1), *((name, None) for name in ("logprobs", "prompt_logprobs", "json_schema", "regex", "grammar")))
+
+
 def _refuse_what_only_an_engine_has(sampling: Sampling) -> None:
-    for name, unused in (("n", 1), ("logprobs", None), ("prompt_logprobs", None)):
+    for name, unused in _OF_ENGINES:
         value = getattr(sampling, name)
         if value != unused:
             raise ArgumentError(name, f"{unused} for one request at a time", value, "use hasten.Engine")

@@ -43,6 +43,9 @@ class Sampling:
     of the likeliest in its place; prompt_logprobs: the same for the prompt. They are the model's own, before
     anything here changes them.
 
+    json_schema (a mapping or its JSON text), regex, grammar (in llguidance's Lark): at most one, which the new text
+    then follows; needs the extra `structured`.
+
     Raises ArgumentError for a value out of range, and for a limit on a draw that does not take place.
     """
 
@@ -61,6 +64,9 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1)
@@ -76,6 +82,9 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             _check_number(name, getattr(self, name), "-2 to 2", lambda value: -2 <= value <= 2)
         _check_bias(self.logit_bias)
+        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ArgumentError(given[1], f"nothing beside {given[0]}", "both", "give one of them")
         for name in ("top_k", "top_p", "min_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 got = f"{name} with temperature 0, which takes the likeliest token"
@@ -107,14 +116,21 @@ class Chooser:
     """Chooses the tokens of one request, with a random generator of its own.
 
     rules: the checkpoint's generation configuration. num_prompt: tokens the model is given, of the decoder.
-    last_position: tokens there will be at most, prompt included.
+    last_position: tokens there will be at most, prompt included. first: processors that come before all others.
     """
 
     def __init__(
-        self, sampling: Sampling, rules: Any, num_prompt: int, last_position: int, device: torch.device
+        self,
+        sampling: Sampling,
+        rules: Any,
+        num_prompt: int,
+        last_position: int,
+        device: torch.device,
+        first: Sequence[Any] = (),
     ) -> None:
         self.sampling = sampling
-        self.processors = processors(sampling, rules, num_prompt, last_position, device)
+        own = processors(sampling, rules, num_prompt, last_position, device)
+        self.processors = transformers.LogitsProcessorList([*first, *own])
         self.generator = torch.Generator(device)
         self.seed = self.generator.seed() & MAX_SEED if sampling.seed is None else sampling.seed
         self.generator.manual_seed(self.seed)
