@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hasten.ops.hopper import bridge
+from hasten.ops.hopper.backward_schedule import find, hear, make_slots, tell
 from hasten.ops.hopper.backward_tiles import (
     BOTH,
     DQ_STAGED,
@@ -25,107 +26,156 @@ from hasten.ops.hopper.backward_tiles import (
     block_of,
     claim,
     end_turn,
+    first_lane,
     fragments,
-    full_barriers,
     hide_keys,
+    load_keys,
     load_rows,
+    make_barriers,
     probabilities,
     put,
     ring,
     store_rows,
+    take,
     visits_of,
+    wait_rank,
     wait_turn,
 )
 from hasten.ops.hopper.backward_wide import consume_wide, load_wide
 from hasten.ops.hopper.cells import accumulator
-from hasten.ops.hopper.visits import key_bounds, sequence
 
 LENGTHS = ("num_tiles", "num_pairs", "pairs_at_once", "num_kv_heads", "seqlen_q", "seqlen_k", "num_blocks")
 
 
 @gluon.jit
-def load_blocks(
-    descriptors, buffers, barriers, at_q, at_k, walk, rows_at,
-    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr,
-):  # fmt: skip
-    """One warp: load K and V, then Q, row statistics and dO of `AHEAD` blocks ahead of the consumers."""
-    q_desc, k_desc, v_desc, dout_desc, stats_desc = descriptors
-    q_buf, k_buf, v_buf, dout_buf, stats_buf = buffers
-    kv_full, q_full, dout_full = barriers
-    lists, place, kv_head, _band, _bounds, _lengths = walk
-    n0 = place[1] * BLOCK_N
-    kv_at = kv_full.index(0)
-    mbarrier.expect(kv_at, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
-    for half in gl.static_range(2):
-        load_rows(k_desc, at_k, n0 + half * (BLOCK_N // 2), 0, kv_head, kv_at, k_buf.index(half))
-        load_rows(v_desc, at_k, n0 + half * (BLOCK_N // 2), 0, kv_head, kv_at, v_buf.index(half))
-    count = 0
-    for member in range(GROUP_SIZE):
-        head = kv_head * GROUP_SIZE + member
-        visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
-        for step in range(visits[1] + visits[5]):
-            _, block = block_of(lists, visits, step)
-            if count >= AHEAD:  # dQ of that block is written, so its dO has been read, and Q of the block before
-                bridge.barrier_sync(DQ_STAGED, WARPGROUP + 2 * WARP)
-                bridge.barrier_sync(DQ_STAGED + 1, WARPGROUP + 2 * WARP)
-            q_slot, dout_slot = count % (AHEAD + 1), count % AHEAD
-            q_at, dout_at = q_full.index(q_slot), dout_full.index(dout_slot)
-            mbarrier.expect(q_at, q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
-            load_rows(q_desc, at_q, block * BLOCK_M, 0, head, q_at, q_buf.index(q_slot))
-            bridge.tma_load(stats_desc, [head * rows_at[1] + rows_at[0] + block, 0], q_at, stats_buf.index(q_slot))
-            mbarrier.expect(dout_at, dout_desc.block_type.nbytes)
-            load_rows(dout_desc, at_q, block * BLOCK_M, 0, head, dout_at, dout_buf.index(dout_slot))
-            count += 1
-    for _step in range(gl.minimum(count, AHEAD)):  # the barriers count this warp in every block
-        bridge.barrier_sync(DQ_STAGED, WARPGROUP + 2 * WARP)
-        bridge.barrier_sync(DQ_STAGED + 1, WARPGROUP + 2 * WARP)
+def wait_staged():
+    """The warp that loads: dQ of one more block is staged, so its dO has been read, and Q of the block before."""
+    bridge.barrier_sync(DQ_STAGED, WARPGROUP + 2 * WARP)
+    bridge.barrier_sync(DQ_STAGED + 1, WARPGROUP + 2 * WARP)
 
 
 @gluon.jit
-def add_blocks(
-    dq_desc, dq_buf, turns, walk, rows_at, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    PIECES: gl.constexpr, COMERS: gl.constexpr,
+def load_tiles(
+    descriptors, buffers, barriers, slots, problem, counter,
+    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr,
+    ORDERED: gl.constexpr,
+):  # fmt: skip
+    """One warp: of every item K and V, then Q, row statistics and dO, `AHEAD` blocks ahead of the consumers."""
+    q_desc, k_desc, v_desc, dout_desc, stats_desc = descriptors
+    q_buf, k_buf, v_buf, dout_buf, stats_buf = buffers
+    kv_full, kv_empty, q_full, dout_full = barriers
+    kv_descs, kv_bufs, kv_barriers = (k_desc, v_desc), (k_buf, v_buf), (kv_full, kv_empty)
+    item, turn, tiles, count = gl.program_id(0), 0, 0, 0
+    while item >= 0:
+        following = take(counter)
+        at_q, at_k, place, kv_head, bounds, rows_at = find(item, problem, BLOCK_M, BLOCK_N)
+        walk = (problem[3], place, kv_head, problem[4], bounds, (at_q[2], at_k[2]))
+        n0, begin = place[1] * BLOCK_N, count
+        if n0 < at_k[2]:
+            for member in range(GROUP_SIZE):
+                head = kv_head * GROUP_SIZE + member
+                visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
+                for step in range(visits[1] + visits[5]):
+                    _, block, _ = block_of(problem[3], visits, step, ORDERED)
+                    if count - begin >= AHEAD:
+                        wait_staged()
+                    q_slot, dout_slot = count % (AHEAD + 1), count % AHEAD
+                    q_at, dout_at = q_full.index(q_slot), dout_full.index(dout_slot)
+                    mbarrier.expect(q_at, q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+                    load_rows(q_desc, at_q, block * BLOCK_M, 0, head, q_at, q_buf.index(q_slot))
+                    stats_row = head * rows_at[1] + rows_at[0] + block
+                    bridge.tma_load(stats_desc, [stats_row, 0], q_at, stats_buf.index(q_slot))
+                    mbarrier.expect(dout_at, dout_desc.block_type.nbytes)
+                    load_rows(dout_desc, at_q, block * BLOCK_M, 0, head, dout_at, dout_buf.index(dout_slot))
+                    if count == begin:  # while the consumers still store the last tile
+                        load_keys(kv_descs, kv_bufs, kv_barriers, at_k, n0, kv_head, tiles, 64, 0)
+                    count += 1
+            if count == begin:
+                load_keys(kv_descs, kv_bufs, kv_barriers, at_k, n0, kv_head, tiles, 64, 0)
+            tiles += 1
+        if n0 < at_k[2]:
+            for _step in range(gl.minimum(count - begin, AHEAD)):  # the barriers count this warp in every block
+                wait_staged()
+        number = first_lane(following) + gl.num_programs(0)
+        item = gl.where(number < problem[5][0] * problem[5][1], number, -1)
+        tell(slots, turn, item)
+        turn += 1
+
+
+@gluon.jit
+def load_items(
+    descriptors, buffers, barriers, slots, problem, counter,
+    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr,
+    ORDERED: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads, for either kind of tile."""
+    if BLOCK_N == 64:
+        load_wide(descriptors, buffers, barriers, slots, problem, counter, GROUP_SIZE, BLOCK_M, BLOCK_N, ORDERED)
+    else:
+        load_tiles(
+            descriptors, buffers, barriers, slots, problem, counter, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, ORDERED
+        )
+
+
+@gluon.jit
+def add_tiles(
+    dq_desc, dq_buf, turns, slots, problem, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    PIECES: gl.constexpr, COMERS: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """One warp: add what the consumers stage of dQ to global memory, and hand the staging back.
 
     A warpgroup stages `PIECES` pieces a block, one after the other. COMERS: threads that meet at DQ_STAGED.
     """
-    _lists, _place, kv_head, _band, _bounds, _lengths = walk
     PIECE: gl.constexpr = dq_desc.block_shape[0]
+    item, turn = gl.program_id(0), 0
     bridge.barrier_arrive(DQ_TAKEN, WARPGROUP + WARP)
     bridge.barrier_arrive(DQ_TAKEN + 1, WARPGROUP + WARP)
-    for member in range(GROUP_SIZE):
-        head = kv_head * GROUP_SIZE + member
-        visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
-        for step in range(visits[1] + visits[5]):
-            _, block = block_of(walk[0], visits, step)
-            number = head * rows_at[1] + rows_at[0] + block
-            at = number * (2 * PIECES * PIECE)
-            claimed = claim(turns + number)
-            for piece in gl.static_range(PIECES):
-                bridge.barrier_sync(DQ_STAGED, COMERS)
-                if piece == 0:
-                    is_first = wait_turn(turns + number, claimed)
-                put(dq_desc, [at + piece * PIECE, 0], dq_buf.index(0), is_first)
-                bridge.barrier_sync(DQ_STAGED + 1, COMERS)
-                put(dq_desc, [at + (PIECES + piece) * PIECE, 0], dq_buf.index(1), is_first)
-                bridge.tma_store_wait(1)
-                bridge.barrier_arrive(DQ_TAKEN, WARPGROUP + WARP)
-                bridge.tma_store_wait(0)
-                bridge.barrier_arrive(DQ_TAKEN + 1, WARPGROUP + WARP)
-            bridge.tma_store_wait_complete()
-            end_turn(turns + number)
+    while item >= 0:
+        at_q, at_k, place, kv_head, bounds, rows_at = find(item, problem, BLOCK_M, BLOCK_N)
+        walk = (problem[3], place, kv_head, problem[4], bounds, (at_q[2], at_k[2]))
+        if place[1] * BLOCK_N < at_k[2]:
+            for member in range(GROUP_SIZE):
+                head = kv_head * GROUP_SIZE + member
+                visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
+                for step in range(visits[1] + visits[5]):
+                    _, block, _ = block_of(problem[3], visits, step, ORDERED)
+                    number = head * rows_at[1] + rows_at[0] + block
+                    at = number * (2 * PIECES * PIECE)
+                    if ORDERED:
+                        is_first = wait_rank(turns + number, block, head, walk, problem[8], BLOCK_M, BLOCK_N)
+                    else:
+                        claimed = claim(turns + number)
+                    for piece in gl.static_range(PIECES):
+                        bridge.barrier_sync(DQ_STAGED, COMERS)
+                        if piece == 0:  # noqa: SIM102  # the compiler wants them apart
+                            if not ORDERED:
+                                is_first = wait_turn(turns + number, claimed)
+                        put(dq_desc, [at + piece * PIECE, 0], dq_buf.index(0), is_first)
+                        bridge.barrier_sync(DQ_STAGED + 1, COMERS)
+                        put(dq_desc, [at + (PIECES + piece) * PIECE, 0], dq_buf.index(1), is_first)
+                        bridge.tma_store_wait(1)
+                        bridge.barrier_arrive(DQ_TAKEN, WARPGROUP + WARP)
+                        bridge.tma_store_wait(0)
+                        bridge.barrier_arrive(DQ_TAKEN + 1, WARPGROUP + WARP)
+                    bridge.tma_store_wait_complete()
+                    end_turn(turns + number)
+        item = hear(slots, turn, 1)
+        turn += 1
 
 
 @gluon.jit
-def consume_blocks(
-    job, W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    AHEAD: gl.constexpr, MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr, ORDER: gl.constexpr,
+def consume_tile(
+    job, at_k, walk, tiles, count, W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, AHEAD: gl.constexpr, MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr, ORDER: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup W: dK and dV of keys [64 W, 64 W + 64) of the tile, and its half of dQ of every block."""
-    buffers, barriers, out_descs, at_k, walk, terms = job
+    """Warpgroup W: dK and dV of keys [64 W, 64 W + 64) of the tile, and its half of dQ of every block.
+
+    tiles, count: how many tiles and blocks this program has seen before. Returns the new count.
+    """
+    buffers, barriers, out_descs, terms = job
     q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf = buffers
-    kv_full, q_full, dout_full = barriers
+    kv_full, kv_empty, q_full, dout_full = barriers
     dk_desc, dv_desc = out_descs
     D: gl.constexpr = k_buf.shape[-1]
     DV: gl.constexpr = v_buf.shape[-1]
@@ -142,15 +192,14 @@ def consume_blocks(
     dv = gl.zeros([64, DV], gl.float32, dv_mma)
     s_zero = gl.zeros([64, BLOCK_M], gl.float32, s_mma)
     dq_zero = gl.zeros([64, DQ_N], gl.float32, dq_mma)
-    mbarrier.wait(kv_full.index(0), 0)
+    mbarrier.wait(kv_full.index(0), tiles & 1)
     if HIDDEN_KEYS:
         hide_keys(k_buf.index(W).reshape([64, D]), v_buf.index(W).reshape([64, DV]), n0 + 64 * W, bounds, BLOCK_N)
-    count = 0
     for member in range(GROUP_SIZE):
         head = kv_head * GROUP_SIZE + member
         visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
         for step in range(visits[1] + visits[5]):
-            entry, block = block_of(lists, visits, step)
+            entry, block, is_partial = block_of(lists, visits, step, ORDERED)
             q_slot, dout_slot = count % (AHEAD + 1), count % AHEAD
             zero = count >> 30  # to the compiler a variable: it would keep the wgmma descriptors of K and V, and spill
             q = q_buf.index(q_slot).reshape([BLOCK_M, D])
@@ -164,7 +213,7 @@ def consume_blocks(
             dp = warpgroup_mma(v_own, dout.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
             p, slope = probabilities(
-                s, stats, entry, step >= visits[1], keys, block * BLOCK_M, walk, terms,
+                s, stats, entry, is_partial, keys, block * BLOCK_M, walk, terms,
                 2 * W, BLOCK_M, BLOCK_N, MASKED,
             )  # fmt: skip
             p_operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv_mma, 2))
@@ -205,80 +254,97 @@ def consume_blocks(
     store_rows(dv_desc, at_k, n0 + 64 * W, 0, kv_head, v_buf.index(W))
     store_rows(dk_desc, at_k, n0 + 64 * W, 0, kv_head, k_buf.index(W))
     bridge.tma_store_wait(0)
+    mbarrier.arrive(kv_empty.index(0))
+    return count
+
+
+@gluon.jit
+def consume_tiles(
+    job, slots, problem, W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    AHEAD: gl.constexpr, MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr, ORDER: gl.constexpr,
+    ORDERED: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup W through all items of the program."""
+    item, turn, tiles, count = gl.program_id(0), 0, 0, 0
+    while item >= 0:
+        at_q, at_k, place, kv_head, bounds, _rows_at = find(item, problem, BLOCK_M, BLOCK_N)
+        walk = (problem[3], place, kv_head, problem[4], bounds, (at_q[2], at_k[2]))
+        if place[1] * BLOCK_N < at_k[2]:
+            if BLOCK_N == 64:
+                count = consume_wide(
+                    job, at_k, walk, tiles, count, W, GROUP_SIZE, BLOCK_M, BLOCK_N, MASKED, HIDDEN_KEYS, ORDER, ORDERED
+                )
+            else:
+                count = consume_tile(
+                    job,
+                    at_k,
+                    walk,
+                    tiles,
+                    count,
+                    W,
+                    GROUP_SIZE,
+                    BLOCK_M,
+                    BLOCK_N,
+                    AHEAD,
+                    MASKED,
+                    HIDDEN_KEYS,
+                    ORDER,
+                    ORDERED,
+                )
+            tiles += 1
+        item = hear(slots, turn, 4)
+        turn += 1
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def attention_backward(
     q_desc, k_desc, v_desc, dout_desc, stats_desc, dq_desc, dk_desc, dv_desc,
-    turns, cu_seqlens_q, cu_seqlens_k, key_range, lists, band, terms,
+    turns, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists, rows, band, terms,
     num_tiles, num_pairs, pairs_at_once, num_kv_heads, seqlen_q, seqlen_k, num_blocks,
     GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr, MASKED: gl.constexpr,
-    ORDER: gl.constexpr,
+    ORDER: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of keys [n0, n0 + BLOCK_N) of one K/V head, and what they add to dq of the heads of its group.
+    """dk and dv of tiles of BLOCK_N keys of one K/V head, and what they add to dq of the heads of its group.
 
     stats_desc: (heads * blocks, 2 * BLOCK_M) lse in units of log2, +inf where a row sees nothing, and delta.
-    dq_desc: (heads * blocks * 2 * PART, 64) float32, in the order of `fragments`; num_blocks a head.
-    Programs go through `pairs_at_once` (sequence, K/V head) pairs together, the first tiles of all of them first.
+    dq_desc: float32 (heads * blocks * BLOCK_M * D / 64, 64), in the order of `fragments`; num_blocks a head.
+    turns: int32 (heads * blocks), counter: int32 (1,), both 0. Persistent: one program for each multiprocessor.
     """
-    program = gl.program_id(0)
-    first_pair = program // (pairs_at_once * num_tiles) * pairs_at_once
-    inside = program % (pairs_at_once * num_tiles)
-    pairs = gl.minimum(pairs_at_once, num_pairs - first_pair)
-    tile, pair = inside // pairs, first_pair + inside % pairs
-    number, kv_head = pair // num_kv_heads, pair % num_kv_heads
-    at_q = sequence(cu_seqlens_q, number, seqlen_q)
-    at_k = sequence(cu_seqlens_k, number, seqlen_k)
-    n0 = tile * BLOCK_N
-    if n0 < at_k[2]:
-        walk = (lists, (number, tile), kv_head, band, key_bounds(key_range, number, at_k[2]), (at_q[2], at_k[2]))
-        first_block = number * gl.cdiv(seqlen_q, BLOCK_M)
-        if cu_seqlens_q is not None:
-            first_block = at_q[1] // BLOCK_M + number
-        rows_at = (first_block, num_blocks)
-        WIDE: gl.constexpr = BLOCK_N == 64
-        q_buf, dout_buf, k_buf, v_buf = (
-            ring(q_desc, AHEAD + 1),
-            ring(dout_desc, AHEAD),
-            ring(k_desc, 2),
-            ring(v_desc, 2),
-        )
-        stats_buf, dq_buf = ring(stats_desc, AHEAD + 1), ring(dq_desc, 2)
-        ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], q_desc.dtype)
-        ds_buf = gl.allocate_shared_memory(q_desc.dtype, [2 if WIDE else 4, 64, BLOCK_M], ds_layout)
-        barriers = (full_barriers(1), full_barriers(AHEAD + 1), full_barriers(AHEAD))
-        fence_async_shared()
-        buffers = (q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf)
-        job = (buffers, barriers, (dk_desc, dv_desc), at_k, walk, terms)
-        loads = (q_desc, k_desc, v_desc, dout_desc, stats_desc)
-        fills = (q_buf, k_buf, v_buf, dout_buf, stats_buf)
-        HIDDEN: gl.constexpr = key_range is not None
-        if WIDE:
-            gl.warp_specialize(
-                [
-                    (consume_wide, (job, 0, GROUP_SIZE, BLOCK_M, BLOCK_N, MASKED, HIDDEN, ORDER)),
-                    (consume_wide, (job, 1, GROUP_SIZE, BLOCK_M, BLOCK_N, MASKED, HIDDEN, ORDER)),
-                    (load_wide, (loads, fills, barriers, at_q, at_k, walk, rows_at, GROUP_SIZE, BLOCK_M, BLOCK_N)),
-                    (
-                        add_blocks,
-                        (dq_desc, dq_buf, turns, walk, rows_at, GROUP_SIZE, BLOCK_M, BLOCK_N, 2, WARPGROUP + WARP),
-                    ),
-                ],
-                [4, 1, 1],
-                [240, 24, 24],
-            )
-        else:
-            comers: gl.constexpr = WARPGROUP + 2 * WARP
-            gl.warp_specialize(
-                [
-                    (consume_blocks, (job, 0, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER)),
-                    (consume_blocks, (job, 1, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER)),
-                    (
-                        load_blocks,
-                        (loads, fills, barriers, at_q, at_k, walk, rows_at, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD),
-                    ),
-                    (add_blocks, (dq_desc, dq_buf, turns, walk, rows_at, GROUP_SIZE, BLOCK_M, BLOCK_N, 1, comers)),
-                ],
-                [4, 1, 1],
-                [240, 24, 24],
-            )
+    order = (num_tiles, num_pairs, pairs_at_once, num_kv_heads)
+    problem = (cu_seqlens_q, cu_seqlens_k, key_range, lists, band, order, (seqlen_q, seqlen_k), num_blocks, rows)
+    WIDE: gl.constexpr = BLOCK_N == 64
+    q_buf, dout_buf, k_buf, v_buf = ring(q_desc, AHEAD + 1), ring(dout_desc, AHEAD), ring(k_desc, 2), ring(v_desc, 2)
+    stats_buf, dq_buf = ring(stats_desc, AHEAD + 1), ring(dq_desc, 2)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], q_desc.dtype)
+    ds_buf = gl.allocate_shared_memory(q_desc.dtype, [2 if WIDE else 4, 64, BLOCK_M], ds_layout)
+    barriers = (make_barriers(1, 1), make_barriers(1, 2), make_barriers(AHEAD + 1, 1), make_barriers(AHEAD, 1))
+    slots = make_slots()
+    fence_async_shared()
+    job = ((q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf), barriers, (dk_desc, dv_desc), terms)
+    loads = (q_desc, k_desc, v_desc, dout_desc, stats_desc)
+    fills = (q_buf, k_buf, v_buf, dout_buf, stats_buf)
+    HIDDEN: gl.constexpr = key_range is not None
+    PIECES: gl.constexpr = 2 if WIDE else 1
+    COMERS: gl.constexpr = WARPGROUP + WARP if WIDE else WARPGROUP + 2 * WARP
+    gl.warp_specialize(
+        [
+            (
+                consume_tiles,
+                (job, slots, problem, 0, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER, ORDERED),
+            ),
+            (
+                consume_tiles,
+                (job, slots, problem, 1, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER, ORDERED),
+            ),
+            (
+                load_items,
+                (loads, fills, barriers, slots, problem, counter, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, ORDERED),
+            ),
+            (
+                add_tiles,
+                (dq_desc, dq_buf, turns, slots, problem, GROUP_SIZE, BLOCK_M, BLOCK_N, PIECES, COMERS, ORDERED),
+            ),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )

@@ -1,4 +1,4 @@
-"""Host side of the Hopper backward: outputs, TMA descriptors, grids. Everything was checked above."""
+"""Host side of the Hopper backward: outputs, workspace, TMA descriptors, grids. Everything was checked above."""
 
 from __future__ import annotations
 
@@ -14,183 +14,209 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from hasten.ops.call import Call, Gradients
 from hasten.ops.hopper.backward import attention_backward
 from hasten.ops.hopper.backward_rows import backward_after, backward_before
-from hasten.ops.tiles import Band, as_band, tile_lists
+from hasten.ops.tiles import Band, TileLists, as_band, tile_lists
+
+__all__ = ["backward"]
 
 # of the 50 MB: what the (sequence, head) pairs that are worked on together may hold of Q, dO and float32 dQ
 _L2_BYTES = 32 * 2**20
+_PLAIN = gl.NVMMASharedLayout(0, 32, 2)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Tile of the main kernel and how many blocks of rows it loads ahead."""
+class Tile:
+    """Tile of the main kernel; blocks of rows loaded ahead; whether dV is multiplied before dP is waited for."""
 
     block_m: int
     block_n: int
     ahead: int
-    order: int = 1
+    order: int
 
 
-#: by head_dim padded to a power of two
-SHAPES = {64: Shape(128, 128, 2, 0), 128: Shape(64, 128, 2), 256: Shape(64, 64, 1)}
+def backward_tile(columns: int, is_masked: bool, has_softcap: bool) -> Tile:
+    """The tile for head_dim padded to `columns`; measured on an H100 (docs/design/hopper-backward.md)."""
+    if columns == 64:  # tanh needs the registers of half the tile
+        return Tile(64, 128, 2, 1) if has_softcap else Tile(128, 128, 2, 0)
+    if columns == 128:
+        return Tile(64, 128, 2, 1 if is_masked else 0)
+    return Tile(64, 64, 1, 0)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Plan:
     """Sizes of one call, the same names in dense and packed layout; blocks of rows as `backward_rows` counts them."""
 
     batch: int
     num_heads: int
     num_kv_heads: int
     columns: int
+    tile: Tile
+    is_masked: bool
     num_tiles_q: int
     num_tiles_k: int
     num_blocks: int
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Sizes:
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """Read them off the tensors."""
         columns = max(64, 1 << (max(q.shape[-1], v.shape[-1]) - 1).bit_length())
-        shape = SHAPES[columns]
+        is_masked = call.is_packed or as_band(call.mask) != Band() or call.max_seqlen_k % 128 != 0
+        tile = backward_tile(columns, is_masked, bool(call.softcap))
         batch = q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
-        num_tiles_q, num_tiles_k = -(-call.max_seqlen_q // shape.block_m), -(-call.max_seqlen_k // shape.block_n)
-        num_blocks = q.shape[0] // shape.block_m + batch if call.is_packed else batch * num_tiles_q
-        return cls(batch, q.shape[-2], k.shape[-2], columns, num_tiles_q, num_tiles_k, num_blocks)
+        num_tiles_q, num_tiles_k = -(-call.max_seqlen_q // tile.block_m), -(-call.max_seqlen_k // tile.block_n)
+        num_blocks = q.shape[0] // tile.block_m + batch if call.is_packed else batch * num_tiles_q
+        heads = q.shape[-2], k.shape[-2]
+        return cls(batch, *heads, columns, tile, is_masked, num_tiles_q, num_tiles_k, num_blocks)
 
     @property
     def group_size(self) -> int:
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def num_pairs(self) -> int:
+        return self.num_kv_heads * self.batch
+
+    def pairs_at_once(self, call: Call) -> int:
+        """(sequence, K/V head) pairs to go through together: as many as have room for their rows in the L2."""
+        pair_bytes = self.group_size * call.max_seqlen_q * self.columns * (2 * 2 + 4)
+        return min(max(1, _L2_BYTES // pair_bytes), self.num_pairs)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What the kernels of one backward hand to each other; nothing has to be filled.
+
+    stats float32 (heads * blocks, 2 * block_m), dq_sum float32 (heads * blocks * block_m * columns / 64, 64),
+    turns int32 (heads * blocks,), counter int32 (1,).
+    """
+
+    stats: Tensor
+    dq_sum: Tensor
+    turns: Tensor
+    counter: Tensor
+
+    @classmethod
+    def make(cls, plan: Plan, device: torch.device) -> Workspace:
+        """Memory for one call; turns and counter both aligned to 16 bytes, or kernels would be compiled twice."""
+        blocks = plan.num_heads * plan.num_blocks
+        rows = blocks * plan.tile.block_m
+        stats = torch.empty((blocks, 2 * plan.tile.block_m), dtype=torch.float32, device=device)
+        dq_sum = torch.empty((rows * plan.columns // 64, 64), dtype=torch.float32, device=device)
+        numbers = torch.empty(4 + blocks, dtype=torch.int32, device=device)
+        return cls(stats, dq_sum, numbers[4:], numbers[:1])
+
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> Gradients:
-    """Gradients, as `call.py` says. dq is added up in an order that changes from run to run."""
-    sizes = Sizes.of(q, k, v, call)
-    shape = SHAPES[sizes.columns]
+    """Gradients, as `call.py` says; dk and dv are the same in every run, dq is if the call is deterministic."""
+    plan = Plan.of(q, k, v, call)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    if 0 in (sizes.num_blocks, sizes.num_tiles_k, q.shape[0], k.shape[0], sizes.batch):
-        return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), _dsinks(dout, dlse, out, lse, call))
+    dsinks = _dsinks(dout, dlse, out, lse, call)
+    if 0 in q.shape or 0 in k.shape or plan.batch == 0:
+        return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), dsinks)
     dout = dout if _is_loadable(dout) else dout.contiguous()
-    stats = q.new_empty((sizes.num_heads * sizes.num_blocks, 2 * shape.block_m), dtype=torch.float32)
-    dq_sum = q.new_empty((sizes.num_heads * sizes.num_blocks, shape.block_m * sizes.columns), dtype=torch.float32)
-    turns = q.new_empty((sizes.num_heads * sizes.num_blocks,), dtype=torch.int32)
-    _before(dout, dlse, out, lse, stats, turns, sizes, call)
-    _main((q, k, v, dout), (dk, dv), stats, dq_sum, turns, sizes, call)
-    pieces = max(2, shape.block_m * sizes.columns // 4096)
-    rows_grid = (pieces * sizes.num_tiles_q * sizes.num_heads * sizes.batch,)
-    backward_after[rows_grid](
-        dq_sum, turns, dq, call.cu_seqlens_q, _strides(dq), call.softmax_scale,
-        sizes.num_tiles_q, sizes.num_heads, call.max_seqlen_q, sizes.num_blocks,
-        HEAD_DIM=q.shape[-1], BLOCK_D=sizes.columns, BLOCK_M=shape.block_m, num_warps=4,
-    )  # fmt: skip
-    return Gradients(dq, dk, dv, _dsinks(dout, dlse, out, lse, call))
+    space = Workspace.make(plan, q.device)
+    _before(dout, dlse, out, lse, space, plan, call)
+    _main((q, k, v, dout), (dk, dv), space, plan, call)
+    _after(dq, space, plan, call)
+    return Gradients(dq, dk, dv, dsinks)
 
 
 def _before(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, stats: Tensor, turns: Tensor, sizes: Sizes, call: Call
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, space: Workspace, plan: Plan, call: Call
 ) -> None:
-    block_m = SHAPES[sizes.columns].block_m
-    backward_before[(sizes.num_tiles_q * sizes.num_heads * sizes.batch,)](
-        out, dout, lse, dlse, stats, turns, call.cu_seqlens_q,
+    backward_before[(plan.num_tiles_q * plan.num_heads * plan.batch,)](
+        out, dout, lse, dlse, space.stats, space.turns, space.counter, call.cu_seqlens_q,
         _strides(out), _strides(dout), _row_strides(lse), None if dlse is None else _row_strides(dlse),
-        sizes.num_tiles_q, sizes.num_heads, call.max_seqlen_q, sizes.num_blocks,
-        HEAD_DIM_V=out.shape[-1], BLOCK_DV=sizes.columns, BLOCK_M=block_m, num_warps=4,
+        plan.num_tiles_q, plan.num_heads, call.max_seqlen_q, plan.num_blocks,
+        HEAD_DIM_V=out.shape[-1], BLOCK_DV=plan.columns, BLOCK_M=plan.tile.block_m, num_warps=4,
     )  # fmt: skip
 
 
-def _main(
-    inputs: tuple[Tensor, ...],
-    outputs: tuple[Tensor, Tensor],
-    stats: Tensor,
-    dq_sum: Tensor,
-    turns: Tensor,
-    sizes: Sizes,
-    call: Call,
-) -> None:
+def _main(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor], space: Workspace, plan: Plan, call: Call) -> None:
     q, k, v, dout = inputs
-    shape = SHAPES[sizes.columns]
-    lists, band, key_range = _lists(call, sizes, q.device)
-    part = [64, sizes.columns] if shape.block_n == 128 else [64, sizes.columns // 2]  # of K, V: what `load_rows` loads
-    piece = [min(64, shape.block_m * sizes.columns // 128), 64]  # of dQ: what a warpgroup stages at a time
-    plain = gl.NVMMASharedLayout(0, 32, 2)
-    sums = dq_sum.view(-1, 64)
-    num_pairs = sizes.num_kv_heads * sizes.batch
-    attention_backward[(sizes.num_tiles_k * num_pairs,)](
-        rows_descriptor(q, shape.block_m, sizes.columns), rows_descriptor(k, *part), rows_descriptor(v, *part),
-        rows_descriptor(dout, shape.block_m, sizes.columns),
-        TensorDescriptor(stats, list(stats.shape), list(stats.stride()), [1, 2 * shape.block_m], plain),
-        TensorDescriptor(sums, list(sums.shape), list(sums.stride()), piece, plain),
+    tile, columns = plan.tile, plan.columns
+    part = [64, columns] if tile.block_n == 128 else [64, columns // 2]  # of K and V, loaded at a time
+    piece = [min(64, tile.block_m * columns // 128), 64]  # of dQ, staged by a warpgroup at a time
+    lists, rows, band, key_range = _visits(call, plan, q.device)
+    attention_backward[(min(plan.num_tiles_k * plan.num_pairs, num_multiprocessors(q.device)),)](
+        rows_descriptor(q, tile.block_m, columns), rows_descriptor(k, *part), rows_descriptor(v, *part),
+        rows_descriptor(dout, tile.block_m, columns),
+        TensorDescriptor.from_tensor(space.stats, [1, 2 * tile.block_m], _PLAIN),
+        TensorDescriptor.from_tensor(space.dq_sum, piece, _PLAIN),
         rows_descriptor(outputs[0], *part), rows_descriptor(outputs[1], *part),
-        turns, call.cu_seqlens_q, call.cu_seqlens_k, key_range, lists, band, (call.softmax_scale, call.softcap or None),
-        sizes.num_tiles_k, num_pairs, _pairs_at_once(sizes, call), sizes.num_kv_heads,
-        call.max_seqlen_q, call.max_seqlen_k, sizes.num_blocks,
-        GROUP_SIZE=sizes.group_size, BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, AHEAD=shape.ahead,
-        MASKED=_is_masked(call, shape), ORDER=shape.order, num_warps=4,
+        space.turns, space.counter, call.cu_seqlens_q, call.cu_seqlens_k, key_range, lists, rows, band,
+        (call.softmax_scale, call.softcap or None),
+        plan.num_tiles_k, plan.num_pairs, plan.pairs_at_once(call), plan.num_kv_heads,
+        call.max_seqlen_q, call.max_seqlen_k, plan.num_blocks,
+        GROUP_SIZE=plan.group_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, AHEAD=tile.ahead,
+        MASKED=plan.is_masked, ORDER=tile.order, ORDERED=call.deterministic, num_warps=4,
     )  # fmt: skip
 
 
-def _is_masked(call: Call, shape: Shape) -> bool:
-    """Whether any tile may have hidden cells: one loop that always masks beats two loops by its smaller code."""
-    return call.is_packed or as_band(call.mask) != Band() or call.max_seqlen_k % shape.block_n != 0
+def _after(dq: Tensor, space: Workspace, plan: Plan, call: Call) -> None:
+    pieces = max(2, plan.tile.block_m * plan.columns // 4096)
+    backward_after[(pieces * plan.num_tiles_q * plan.num_heads * plan.batch,)](
+        space.dq_sum, space.turns, dq, call.cu_seqlens_q, _strides(dq), call.softmax_scale,
+        plan.num_tiles_q, plan.num_heads, call.max_seqlen_q, plan.num_blocks,
+        HEAD_DIM=dq.shape[-1], BLOCK_D=plan.columns, BLOCK_M=plan.tile.block_m, num_warps=4,
+    )  # fmt: skip
 
 
-def _pairs_at_once(sizes: Sizes, call: Call) -> int:
-    """(sequence, K/V head) pairs whose rows fit the L2 together."""
-    pair_bytes = sizes.group_size * call.max_seqlen_q * sizes.columns * (2 * 2 + 4)
-    return min(max(1, _L2_BYTES // pair_bytes), sizes.num_kv_heads * sizes.batch)
-
-
-def _lists(
-    call: Call, sizes: Sizes, device: torch.device
-) -> tuple[tuple[Any, ...] | None, tuple[Any, ...], Tensor | None]:
-    """(columns of the index lists or None, (left, right) of a band, real keys of each sequence or None)."""
+def _visits(call: Call, plan: Plan, device: torch.device) -> tuple[Any, Any, tuple[Any, ...], Tensor | None]:
+    """(lists along columns of tiles, along rows, (left, right) of a band, real keys); None for what there is not."""
     band = as_band(call.mask)
     if band is not None:
         padding = None if band.padding is None else band.padding.key_range(call.max_seqlen_k, device)
-        return None, (band.left, band.right), padding
-    shape = SHAPES[sizes.columns]
-    lengths = (call.max_seqlen_q, call.max_seqlen_k, shape.block_m, shape.block_n)
-    lists = tile_lists(call.mask, sizes.batch, sizes.num_heads, *lengths, device)
-    batch_stride = lists.num_cols * lists.heads if lists.batch > 1 else 0
-    head_stride = lists.num_cols if lists.heads > 1 else 0
-    return (
-        (lists.col_ptr, lists.col_index, lists.col_bits, lists.bits, batch_stride, head_stride),
-        (None, None),
-        None,
-    )
+        return None, None, (band.left, band.right), padding
+    lengths = (call.max_seqlen_q, call.max_seqlen_k, plan.tile.block_m, plan.tile.block_n)
+    lists = tile_lists(call.mask, plan.batch, plan.num_heads, *lengths, device)
+    columns = (lists.col_ptr, lists.col_index, lists.col_bits, lists.bits, *_list_strides(lists, lists.num_cols))
+    rows = (lists.row_ptr, lists.row_index, *_list_strides(lists, lists.num_rows))
+    return columns, rows, (None, None), None
+
+
+def _list_strides(lists: TileLists, lines: int) -> tuple[int, int]:
+    """(batch, head) strides, in rows or columns of tiles; 0 where all share one."""
+    return lines * lists.heads if lists.batch > 1 else 0, lines if lists.heads > 1 else 0
 
 
 @lru_cache
-def _layout(columns: int, is_half: bool, rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(128, 16, rank)
+def num_multiprocessors(device: torch.device) -> int:
+    """Programs of a persistent kernel."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def rows_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """TMA descriptor of `tensor` for boxes of `rows` rows of one head, all its dims and zeros up to `columns`.
+    """TMA descriptor of `tensor` for boxes of `rows` rows of one head and `columns` dims, zeros beyond its own.
 
     Dense: (batch, heads, rows, dims). Packed: five dimensions, so that the hardware knows where a sequence ends
     inside the tensor. Row x of a sequence of n rows that begins at row s is found at (2^30, s + n, head,
     2^30 - n + x, dim): the bound of the fourth dimension is 2^30, and the strides of the first two take the 2^30 - n
-    back, in address arithmetic that wraps at 2^64 (triton.tools.ragged_tma says more).
+    back, in address arithmetic that wraps at 2^64 (triton.tools.ragged_tma has the same).
     """
-    is_packed = tensor.ndim == 3
-    layout = _layout(columns, tensor.dtype == torch.float16, 5 if is_packed else 4)
-    row, head = tensor.stride(-3), tensor.stride(-2)
+    row, head = _aligned(tensor, -3), _aligned(tensor, -2)
     heads, dims = tensor.shape[-2:]
-    if is_packed:
+    if tensor.ndim == 3:
         sizes, strides = [2**31 - 2**16, 2**31 - 2**16, heads, 2**30, dims], [2**34 - row, row, head, row, 1]
-        return TensorDescriptor(tensor, sizes, strides, [1, 1, 1, rows, columns], layout)
-    sizes, strides = [tensor.shape[0], heads, tensor.shape[1], dims], [tensor.stride(0), head, row, 1]
-    return TensorDescriptor(tensor, sizes, strides, [1, 1, rows, columns], layout)
+        return TensorDescriptor(tensor, sizes, strides, [1, 1, 1, rows, columns], gl.NVMMASharedLayout(128, 16, 5))
+    sizes, strides = [tensor.shape[0], heads, tensor.shape[1], dims], [_aligned(tensor, 0), head, row, 1]
+    return TensorDescriptor(tensor, sizes, strides, [1, 1, rows, columns], gl.NVMMASharedLayout(128, 16, 4))
+
+
+def _aligned(tensor: Tensor, dim: int) -> int:
+    """A stride that TMA accepts: that of a dimension of one entry is never used and may be anything."""
+    return tensor.stride(dim) if tensor.shape[dim] > 1 else 8 * tensor.shape[-1]
 
 
 def _is_loadable(tensor: Tensor) -> bool:
-    """Whether TMA can read it: 16-byte aligned rows, heads and base."""
-    strides = tensor.stride()
+    """Whether TMA can read it: 16-byte aligned base, rows and heads."""
+    strides = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
     return (
-        strides[-1] == 1
+        tensor.stride(-1) == 1
         and tensor.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in strides[:-1])
+        and all(size == 1 or (stride > 0 and stride * tensor.element_size() % 16 == 0) for size, stride in strides)
     )
 
 
@@ -208,7 +234,8 @@ def _dsinks(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, call: C
     """The sink is one more key whose value is zero: ds = p * (0 - delta)."""
     if call.sinks is None:
         return None
-    delta = (dout.float() * out.float()).sum(-1)
-    delta = delta.transpose(-1, -2) if dlse is None else delta.transpose(-1, -2) - dlse
+    delta = (dout.float() * out.float()).sum(-1).transpose(-1, -2)
+    if dlse is not None:
+        delta = delta - dlse
     share = torch.where(lse == -torch.inf, 0.0, torch.exp(call.sinks[:, None] - lse)) * -delta
     return share.sum(-1) if lse.ndim == 2 else share.sum((0, 2))

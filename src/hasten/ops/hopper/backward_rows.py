@@ -35,18 +35,20 @@ def _rows_at(batch, row, head, strides):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def backward_before(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, stats_ptr, turns_ptr, cu_seqlens_q,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, stats_ptr, turns_ptr, counter_ptr, cu_seqlens_q,
     out_strides, dout_strides, lse_strides, dlse_strides, num_tiles, num_heads, seqlen_q, num_blocks,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Row statistics of one block of one head, and zero for how many have added to its dQ.
+    """Row statistics of one block of one head; 0 for how many have added to its dQ.
 
     stats (heads, blocks, 2, BLOCK_M): lse in units of log2, +inf for rows that see nothing or do not exist (so that
-    their probabilities are 0), and delta = rowsum(dout * out) - dlse. turns (heads, blocks): see `backward_tiles.claim`.
+    their probabilities are 0), and delta = rowsum(dout * out) - dlse. turns (heads, blocks), counter (1,): 0.
     """
     batch, head, m0, first, length, block = _place(
         cu_seqlens_q, tl.program_id(0), num_tiles, num_heads, seqlen_q, BLOCK_M
     )
+    if tl.program_id(0) == 0:
+        tl.store(counter_ptr, 0)
     if m0 < length:
         lines, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
         inside = m0 + lines < length

@@ -34,11 +34,11 @@ def ring(descriptor, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def full_barriers(SLOTS: gl.constexpr):
-    """mbarriers (SLOTS, 1), one for each slot of a ring, that the producer alone arrives at."""
+def make_barriers(SLOTS: gl.constexpr, COMERS: gl.constexpr):
+    """mbarriers (SLOTS, 1), each for COMERS arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
-        mbarrier.init(barriers.index(slot), 1)
+        mbarrier.init(barriers.index(slot), COMERS)
     return barriers
 
 
@@ -66,6 +66,19 @@ def store_rows(descriptor, at, row, column, head, buffer):
 
 
 @gluon.jit
+def load_keys(descriptors, buffers, barriers, at, row, head, tiles, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """K and V of the next tile, once the consumers are done with their memory; two parts (ROWS, COLUMNS) apart."""
+    k_desc, v_desc = descriptors
+    k_buf, v_buf = buffers
+    full, empty = barriers
+    mbarrier.wait(empty.index(0), (tiles & 1) ^ 1)
+    mbarrier.expect(full.index(0), 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+    for part in gl.static_range(2):
+        load_rows(k_desc, at, row + part * ROWS, part * COLUMNS, head, full.index(0), k_buf.index(part))
+        load_rows(v_desc, at, row + part * ROWS, part * COLUMNS, head, full.index(0), v_buf.index(part))
+
+
+@gluon.jit
 def visits_of(walk, head, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """`query_visits` of one query head for a tile of keys.
 
@@ -82,10 +95,18 @@ def visits_of(walk, head, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def block_of(lists, visits, step):
-    """(entry, block of rows) of one step through `visits`: the full ones, then the partial ones."""
-    entry = gl.where(step < visits[1], visits[0] + step, partial_entry(visits, step - visits[1]))
-    return entry, visited(lists, entry)
+def block_of(lists, visits, step, ORDERED: gl.constexpr):
+    """(entry, block of rows, whether it is partial) of one step through `visits`: the full ones come first.
+
+    ORDERED: of a band, the last block first, so that tiles which add to dQ one after the other, in the order of their
+    numbers, are never in each other's way: the first tile of a causal mask has the most blocks to go.
+    """
+    if ORDERED and lists is None:
+        block = visits[2] + visits[1] + visits[5] - 1 - step
+        return block, block, (block < visits[0]) | (block >= visits[0] + visits[1])
+    else:
+        entry = gl.where(step < visits[1], visits[0] + step, partial_entry(visits, step - visits[1]))
+        return entry, visited(lists, entry), step >= visits[1]
 
 
 @gluon.jit
@@ -179,6 +200,13 @@ def claim(turn):
 
 
 @gluon.jit
+def take(counter):
+    """The next number that nobody has, in the first lane of one warp, not waited for."""
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    return gl.atomic_add(counter + lanes * 0, gl.full_like(lanes, 1), mask=lanes == 0, sem="relaxed")
+
+
+@gluon.jit
 def first_lane(value):
     """The value of the first lane of a warp, in all of them."""
     lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
@@ -195,7 +223,46 @@ def wait_turn(turn, claimed):
     while (finished == 0) & (value != 0):
         polled = gl.atomic_add(turn + lanes * 0, lanes * 0, mask=lanes == 0, sem="acquire")
         finished = first_lane(polled) & 0xFFFF
+    fence_proxies()
     return is_first
+
+
+@gluon.jit
+def wait_rank(turn, block, head, walk, rows, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Whether this tile of keys is the first to add to a block of dQ; otherwise wait for those of lower number.
+
+    A program takes tiles in ascending order, so the lowest unfinished tile never waits. rows: None for a band, or
+    (ptr, index, batch stride, head stride) of the lists along rows of tiles.
+    """
+    lists, place, _kv_head, band, bounds, lengths = walk
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    if lists is None:
+        low = bounds[0]
+        if band[0] is not None:
+            low = gl.maximum(low, block * BLOCK_M + lengths[1] - lengths[0] - band[0])
+        rank = place[1] - gl.maximum(low, 0) // BLOCK_N
+    else:
+        row = rows[0] + gl.cast(place[0] * rows[2] + head * rows[3] + block, gl.int64) * 3
+        end, before = gl.load(row + 2), lanes * 0
+        for chunk in range(gl.load(row), end, 32):
+            tile = gl.load(rows[1] + chunk + lanes, mask=chunk + lanes < end, other=2**31 - 1)
+            before += (tile < place[1]).to(gl.int32)
+        rank = gl.sum(before, 0)
+    finished = rank - 1
+    if rank == 0:
+        finished = rank
+    while finished != rank:
+        finished = first_lane(gl.atomic_add(turn + lanes * 0, lanes * 0, mask=lanes == 0, sem="acquire"))
+    fence_proxies()
+    return rank == 0
+
+
+@gluon.jit
+def fence_proxies():
+    """What this warp has learnt of global memory holds for its TMA too."""
+    gl.inline_asm_elementwise(
+        "{ fence.proxy.async.global; mov.b32 $0, 0; }", "=r,r,~{memory}", [0], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit

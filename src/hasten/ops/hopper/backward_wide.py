@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hasten.ops.hopper import bridge
+from hasten.ops.hopper.backward_schedule import find, tell
 from hasten.ops.hopper.backward_tiles import (
     BOTH,
     DOUT_READ,
@@ -25,11 +26,14 @@ from hasten.ops.hopper.backward_tiles import (
     WARP,
     WARPGROUP,
     block_of,
+    first_lane,
     fragments,
     hide_keys,
+    load_keys,
     load_rows,
     probabilities,
     store_rows,
+    take,
     visits_of,
 )
 from hasten.ops.hopper.cells import accumulator
@@ -37,40 +41,50 @@ from hasten.ops.hopper.cells import accumulator
 
 @gluon.jit
 def load_wide(
-    descriptors, buffers, barriers, at_q, at_k, walk, rows_at,
-    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    descriptors, buffers, barriers, slots, problem, counter,
+    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """One warp: load K and V by halves of head_dim, then Q and row statistics into two slots, dO into one."""
+    """One warp: of every item K and V by halves of head_dim, then Q and row statistics into two slots, dO into one."""
     q_desc, k_desc, v_desc, dout_desc, stats_desc = descriptors
     q_buf, k_buf, v_buf, dout_buf, stats_buf = buffers
-    kv_full, q_full, dout_full = barriers
-    lists, place, kv_head, _band, _bounds, _lengths = walk
-    n0 = place[1] * BLOCK_N
-    kv_at = kv_full.index(0)
-    mbarrier.expect(kv_at, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
-    for half in gl.static_range(2):
-        load_rows(k_desc, at_k, n0, half * k_desc.block_shape[-1], kv_head, kv_at, k_buf.index(half))
-        load_rows(v_desc, at_k, n0, half * v_desc.block_shape[-1], kv_head, kv_at, v_buf.index(half))
-    count = 0
-    for member in range(GROUP_SIZE):
-        head = kv_head * GROUP_SIZE + member
-        visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
-        for step in range(visits[1] + visits[5]):
-            _, block = block_of(lists, visits, step)
-            slot = count & 1
-            if count >= 2:
-                bridge.barrier_sync(Q_READ + slot, 2 * WARPGROUP + WARP)
-            q_at = q_full.index(slot)
-            mbarrier.expect(q_at, q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
-            load_rows(q_desc, at_q, block * BLOCK_M, 0, head, q_at, q_buf.index(slot))
-            bridge.tma_load(stats_desc, [head * rows_at[1] + rows_at[0] + block, 0], q_at, stats_buf.index(slot))
-            if count >= 1:
-                bridge.barrier_sync(DOUT_READ, 2 * WARPGROUP + WARP)
-            dout_at = dout_full.index(0)
-            mbarrier.expect(dout_at, dout_desc.block_type.nbytes)
-            load_rows(dout_desc, at_q, block * BLOCK_M, 0, head, dout_at, dout_buf.index(0))
-            count += 1
-    if count >= 2:
+    kv_full, kv_empty, q_full, dout_full = barriers
+    kv_descs, kv_bufs, kv_barriers = (k_desc, v_desc), (k_buf, v_buf), (kv_full, kv_empty)
+    item, turn, tiles, count = gl.program_id(0), 0, 0, 0
+    while item >= 0:
+        following = take(counter)
+        at_q, at_k, place, kv_head, bounds, rows_at = find(item, problem, BLOCK_M, BLOCK_N)
+        walk = (problem[3], place, kv_head, problem[4], bounds, (at_q[2], at_k[2]))
+        n0 = place[1] * BLOCK_N
+        if n0 < at_k[2]:
+            begin = count
+            for member in range(GROUP_SIZE):
+                head = kv_head * GROUP_SIZE + member
+                visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
+                for step in range(visits[1] + visits[5]):
+                    _, block, _ = block_of(problem[3], visits, step, ORDERED)
+                    slot = count & 1
+                    if count >= 2:
+                        bridge.barrier_sync(Q_READ + slot, 2 * WARPGROUP + WARP)
+                    q_at, dout_at = q_full.index(slot), dout_full.index(0)
+                    mbarrier.expect(q_at, q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+                    load_rows(q_desc, at_q, block * BLOCK_M, 0, head, q_at, q_buf.index(slot))
+                    stats_row = head * rows_at[1] + rows_at[0] + block
+                    bridge.tma_load(stats_desc, [stats_row, 0], q_at, stats_buf.index(slot))
+                    if count >= 1:
+                        bridge.barrier_sync(DOUT_READ, 2 * WARPGROUP + WARP)
+                    mbarrier.expect(dout_at, dout_desc.block_type.nbytes)
+                    load_rows(dout_desc, at_q, block * BLOCK_M, 0, head, dout_at, dout_buf.index(0))
+                    if count == begin:  # while the consumers still store the last tile
+                        load_keys(kv_descs, kv_bufs, kv_barriers, at_k, n0, kv_head, tiles, 0, k_desc.block_shape[-1])
+                    count += 1
+            if count == begin:
+                load_keys(kv_descs, kv_bufs, kv_barriers, at_k, n0, kv_head, tiles, 0, k_desc.block_shape[-1])
+            tiles += 1
+        number = first_lane(following) + gl.num_programs(0)
+        item = gl.where(number < problem[5][0] * problem[5][1], number, -1)
+        tell(slots, turn, item)
+        turn += 1
+    if count >= 2:  # the barriers count this warp in every block
         bridge.barrier_sync(Q_READ + (count & 1), 2 * WARPGROUP + WARP)
     if count >= 1:
         bridge.barrier_sync(DOUT_READ, 2 * WARPGROUP + WARP)
@@ -79,13 +93,17 @@ def load_wide(
 
 @gluon.jit
 def consume_wide(
-    job, W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr, ORDER: gl.constexpr,
+    job, at_k, walk, tiles, count, W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr, ORDER: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup W: columns [W HALF, W HALF + HALF) of dK and dV of the tile of keys and of dQ of every block."""
-    buffers, barriers, out_descs, at_k, walk, terms = job
+    """Warpgroup W: columns [W HALF, W HALF + HALF) of dK and dV of the tile of keys and of dQ of every block.
+
+    tiles, count: how many tiles and blocks this program has seen before. Returns the new count.
+    """
+    buffers, barriers, out_descs, terms = job
     q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf = buffers
-    kv_full, q_full, dout_full = barriers
+    kv_full, kv_empty, q_full, dout_full = barriers
     dk_desc, dv_desc = out_descs
     HALF: gl.constexpr = k_buf.shape[-1]
     PIECE: gl.constexpr = dq_buf.shape[-2]
@@ -99,16 +117,15 @@ def consume_wide(
     s_zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_mma)
     dq_zero = gl.zeros([BLOCK_M, PIECE], gl.float32, accumulator(PIECE))
     ds_own = ds_buf.index(W)
-    mbarrier.wait(kv_full.index(0), 0)
+    mbarrier.wait(kv_full.index(0), tiles & 1)
     if HIDDEN_KEYS:
         hide_keys(k_buf.index(W).reshape([BLOCK_N, HALF]), v_buf.index(W).reshape([BLOCK_N, HALF]), n0, bounds, BLOCK_N)
         bridge.barrier_sync(BOTH, 2 * WARPGROUP)
-    count = 0
     for member in range(GROUP_SIZE):
         head = kv_head * GROUP_SIZE + member
         visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
         for step in range(visits[1] + visits[5]):
-            entry, block = block_of(lists, visits, step)
+            entry, block, is_partial = block_of(lists, visits, step, ORDERED)
             slot = count & 1
             zero = (
                 count >> 30
@@ -130,7 +147,7 @@ def consume_wide(
                 dp = warpgroup_mma(v, columns, dp, use_acc=part > 0, is_async=True)
             s = warpgroup_mma_wait(2, deps=[s])
             p, slope = probabilities(
-                s, stats, entry, step >= visits[1], keys, block * BLOCK_M, walk, terms,
+                s, stats, entry, is_partial, keys, block * BLOCK_M, walk, terms,
                 0, BLOCK_M, BLOCK_N, MASKED,
             )  # fmt: skip
             p_operand = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, accumulator(HALF), 2))
@@ -168,3 +185,5 @@ def consume_wide(
     store_rows(dv_desc, at_k, n0, W * HALF, kv_head, v_buf.index(W))
     store_rows(dk_desc, at_k, n0, W * HALF, kv_head, k_buf.index(W))
     bridge.tma_store_wait(0)
+    mbarrier.arrive(kv_empty.index(0))
+    return count

@@ -1,0 +1,68 @@
+"""Which tile of keys a program of the backward works on next, and how its partitions learn of it.
+
+An item is one tile of keys of one K/V head of one sequence. As many pairs of sequence and head as fit the L2 cache
+are worked on together, the first tiles of all of them first: under a causal mask those are the longest.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from hasten.ops.hopper.visits import key_bounds, sequence
+
+
+@gluon.jit
+def find(item, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """(rows of q, rows of k, (sequence, tile), K/V head, real keys, (first block of rows, blocks a head)) of an item.
+
+    problem: (cu_seqlens_q, cu_seqlens_k, key range, lists, band, (tiles, pairs, pairs at once, K/V heads),
+    (seqlen_q, seqlen_k), blocks of rows a head, lists along rows). Rows: (batch, first row, length).
+    """
+    cu_seqlens_q, cu_seqlens_k, key_range, _lists, _band, order, lengths, num_blocks, _rows = problem
+    num_tiles, num_pairs, pairs_at_once, num_kv_heads = order
+    first_pair = item // (pairs_at_once * num_tiles) * pairs_at_once
+    inside = item % (pairs_at_once * num_tiles)
+    pairs = gl.minimum(pairs_at_once, num_pairs - first_pair)
+    tile, pair = inside // pairs, first_pair + inside % pairs
+    number, kv_head = pair // num_kv_heads, pair % num_kv_heads
+    at_q = sequence(cu_seqlens_q, number, lengths[0])
+    at_k = sequence(cu_seqlens_k, number, lengths[1])
+    first_block = number * gl.cdiv(lengths[0], BLOCK_M)
+    if cu_seqlens_q is not None:
+        first_block = at_q[1] // BLOCK_M + number
+    return at_q, at_k, (number, tile), kv_head, key_bounds(key_range, number, at_k[2]), (first_block, num_blocks)
+
+
+@gluon.jit
+def make_slots():
+    """(items (2, 1), mbarriers that an item is there, mbarriers that all have read it): two items on their way."""
+    items = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(2):
+        mbarrier.init(full.index(slot), 1)
+        mbarrier.init(empty.index(slot), 3)  # two warpgroups and the warp that adds dQ
+    return items, full, empty
+
+
+@gluon.jit
+def tell(slots, turn, item):
+    """The warp that loads: hand `item` to the other partitions, as their `turn`-th after the first."""
+    items, full, empty = slots
+    slot = turn & 1
+    mbarrier.wait(empty.index(slot), ((turn >> 1) & 1) ^ 1)
+    items.index(slot).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(full.index(slot))
+
+
+@gluon.jit
+def hear(slots, turn, WARPS: gl.constexpr):
+    """Another partition: the `turn`-th item after the first, -1 after the last."""
+    items, full, empty = slots
+    slot = turn & 1
+    mbarrier.wait(full.index(slot), (turn >> 1) & 1)
+    item = gl.max(items.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    mbarrier.arrive(empty.index(slot))
+    return item
