@@ -67,7 +67,6 @@ def load_tiles(
     kv_descs, kv_bufs, kv_barriers = (k_desc, v_desc), (k_buf, v_buf), (kv_full, kv_empty)
     item, turn, tiles, count = gl.program_id(0), 0, 0, 0
     while item >= 0:
-        following = take(counter)
         at_q, at_k, place, kv_head, bounds, rows_at = find(item, problem, BLOCK_M, BLOCK_N)
         walk = (problem[3], place, kv_head, problem[4], bounds, (at_q[2], at_k[2]))
         n0, begin = place[1] * BLOCK_N, count
@@ -93,6 +92,7 @@ def load_tiles(
             if count == begin:
                 load_keys(kv_descs, kv_bufs, kv_barriers, at_k, n0, kv_head, tiles, 64, 0)
             tiles += 1
+        following = take(counter)  # not earlier: a long item must not wait behind another one while programs are idle
         if n0 < at_k[2]:
             for _step in range(gl.minimum(count - begin, AHEAD)):  # the barriers count this warp in every block
                 wait_staged()
@@ -157,8 +157,9 @@ def add_tiles(
                         bridge.barrier_arrive(DQ_TAKEN, WARPGROUP + WARP)
                         bridge.tma_store_wait(0)
                         bridge.barrier_arrive(DQ_TAKEN + 1, WARPGROUP + WARP)
-                    bridge.tma_store_wait_complete()
-                    end_turn(turns + number)
+                    if ORDERED or is_first:  # the others wait for it: 3 us a block, which only these have to spend
+                        bridge.tma_store_wait_complete()
+                        end_turn(turns + number)
         item = hear(slots, turn, 1)
         turn += 1
 

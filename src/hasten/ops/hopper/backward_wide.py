@@ -51,7 +51,6 @@ def load_wide(
     kv_descs, kv_bufs, kv_barriers = (k_desc, v_desc), (k_buf, v_buf), (kv_full, kv_empty)
     item, turn, tiles, count = gl.program_id(0), 0, 0, 0
     while item >= 0:
-        following = take(counter)
         at_q, at_k, place, kv_head, bounds, rows_at = find(item, problem, BLOCK_M, BLOCK_N)
         walk = (problem[3], place, kv_head, problem[4], bounds, (at_q[2], at_k[2]))
         n0 = place[1] * BLOCK_N
@@ -80,6 +79,7 @@ def load_wide(
             if count == begin:
                 load_keys(kv_descs, kv_bufs, kv_barriers, at_k, n0, kv_head, tiles, 0, k_desc.block_shape[-1])
             tiles += 1
+        following = take(counter)
         number = first_lane(following) + gl.num_programs(0)
         item = gl.where(number < problem[5][0] * problem[5][1], number, -1)
         tell(slots, turn, item)
