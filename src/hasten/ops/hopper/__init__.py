@@ -7,27 +7,10 @@ the forward repeats bit for bit, dq of the backward does not.
 
 from __future__ import annotations
 
-from torch import Tensor
+from hasten.ops.hopper.envelope import refuses, version_refusal
 
-from hasten.ops.call import Call, Gradients
-from hasten.ops.hopper.envelope import refuses
+if version_refusal() is None:  # Gluon of another Triton may lack names that the kernels use; `refuses` says so
+    from hasten.ops.hopper.backward_launch import backward
+    from hasten.ops.hopper.launch import forward
 
 __all__ = ["backward", "forward", "refuses"]
-
-# The kernels are imported when first launched: Gluon of a Triton that `refuses` names may lack what they use.
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """(out, lse), as `call.py` says."""
-    from hasten.ops.hopper import launch
-
-    return launch.forward(q, k, v, call)
-
-
-def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-) -> Gradients:
-    """Gradients, as `call.py` says."""
-    from hasten.ops.hopper import backward_launch
-
-    return backward_launch.backward(dout, dlse, q, k, v, out, lse, call)

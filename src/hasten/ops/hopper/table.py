@@ -1,4 +1,7 @@
-"""Tile shapes of the Hopper kernels: a table by head_dim, each line with what was measured beside it."""
+"""Tile shapes of the Hopper forward: a table by head_dim, each line with what was measured beside it.
+
+TFLOP/s on an H100 (SXM, bf16, 16k tokens by 2048) at 1k, 4k, 16k causal, then full; cuDNN in the same run.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,17 @@ class Tile:
         return 64 * self.consumers
 
 
-# padded head_dim (the larger of q's and v's) -> tile of the forward
+# padded head_dim (the larger of q's and v's) -> tile
 FORWARD: dict[int, Tile] = {
+    # 329 433 457 408 442 458; cuDNN 346 443 471 447 474 504; (3, 64, 4, 2, 160, 32) 253 405 456 360 413 453
     64: Tile(2, 128, 3, 2),
+    # 454 632 685 601 681 697; cuDNN 443 581 632 618 676 678
     128: Tile(2, 128, 2, 2),
+    # 438 645 701 603 727 761; cuDNN 460 604 657 627 730 755
     256: Tile(2, 64, 2, 1, 232, 40),
 }
 # 192 rows: better where few tiles are partial and the last one of a sequence is not mostly empty
-FORWARD_LONG = {64: Tile(3, 128, 3, 2, 160, 32)}
+FORWARD_LONG = {64: Tile(3, 128, 3, 2, 160, 32)}  # 213 426 517 411 472 529
 _LONG_FULL, _LONG_MASKED = 2048, 8192
 
 
