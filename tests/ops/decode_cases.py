@@ -234,8 +234,8 @@ def _joined(results: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 #: every feature once, small enough for an interpreter
 CASES = [
-    DecodeCase(name="lengths-0-1-17", lengths=(0, 1, 17, 63, 64, 65)),
-    DecodeCase(name="lengths-255-257", lengths=(255, 256, 257), page_size=64, group_size=4),
+    DecodeCase(name="lengths-0-1-17", lengths=(0, 1, 17, 63, 65)),
+    DecodeCase(name="lengths-64-257", lengths=(64, 256, 257), page_size=64, group_size=4),
     DecodeCase(name="lengths-1000", lengths=(1000,), page_size=256, group_size=8, head_dim=32),
     DecodeCase(name="group-3", lengths=(40, 5), group_size=3, num_kv_heads=2, seqlen_q=2),
     DecodeCase(name="group-71", lengths=(40,), group_size=71),
@@ -259,7 +259,7 @@ CASES = [
     DecodeCase(name="alibi", lengths=(70, 20), alibi="h", seqlen_q=2, group_size=2),
     DecodeCase(name="alibi-per-row", lengths=(70, 20), alibi="bh", seqlen_q=2, group_size=2),
     DecodeCase(name="scale-negative", lengths=(70,), scale=-0.3),
-    DecodeCase(name="everything", lengths=(70, 8, 300), seqlen_q=3, group_size=2, num_kv_heads=2, softcap=5.0,
+    DecodeCase(name="everything", lengths=(70, 8), seqlen_q=3, group_size=2, num_kv_heads=2, softcap=5.0,
                has_sinks=True, alibi="bh", mask=Window(50, 0)),
     DecodeCase(name="prefix", lengths=(70, 48, 64, 0), shared_prefix=48, group_size=2),
     DecodeCase(name="prefix-queries-2", lengths=(70, 90), shared_prefix=64, seqlen_q=2, has_sinks=True, alibi="bh"),

@@ -8,6 +8,7 @@ import torch
 import hasten
 from hasten.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from hasten.masks import Causal, Full, Global, Padding, Window
+from hasten.ops import choose
 from hasten.ops.decode import _operator, decode_attention
 from hasten.ops.kv import ContiguousKV, PagedKV, RingKV
 from tests.ops.decode_cases import CASES, QUANTIZED, DecodeCase, judge, make, run
@@ -19,8 +20,12 @@ def test_the_oracle_is_attention_over_gathered_keys(case):
     judge(problem, run(problem, "reference"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", [*CASES, *QUANTIZED], ids=str)
+BF16 = ("queries-5", "contiguous-even", "ring", "everything", "int8", "fp8", "packed")
+POINTS = [pytest.param(case, torch.float32, id=f"{case}-fp32") for case in [*CASES, *QUANTIZED]]
+POINTS += [pytest.param(c, torch.bfloat16, id=f"{c}-bf16") for c in [*CASES, *QUANTIZED] if c.name in BF16]
+
+
+@pytest.mark.parametrize(("case", "dtype"), POINTS)
 def test_the_cpu_path_errs_no_more_than_pytorch(case, dtype):
     problem = make(case, dtype)
     judge(problem, run(problem, None))
@@ -146,7 +151,10 @@ def test_portable_needs_a_gpu_and_says_so(monkeypatch):
 
 
 def test_the_variable_forces_an_implementation(monkeypatch):
-    monkeypatch.setenv("HASTEN_IMPLEMENTATION", "nothing")
     problem = make(CASES[0], torch.float32)
+    monkeypatch.setattr(choose, "NAMES", (*choose.NAMES, "elsewhere"))
+    monkeypatch.setenv("HASTEN_IMPLEMENTATION", "elsewhere")  # an implementation that other ops have
+    decode_attention(problem.q, problem.keys)
+    monkeypatch.setenv("HASTEN_IMPLEMENTATION", "nothing")
     with pytest.raises(ArgumentError, match="implementation: expected one of portable"):
         decode_attention(problem.q, problem.keys)

@@ -99,8 +99,13 @@ def decode_attention(
 
 
 def choose_decode(q: Tensor, keys: KV, call: DecodeCall, forced: str | None) -> tuple[str, dict[str, str]]:
-    """(name of the implementation, why each one before it in the order was passed over); as `choose.choose`."""
-    forced = forced or config.forced_implementation()
+    """(name of the implementation, why each one before it in the order was passed over); as `choose.choose`.
+
+    A name in HASTEN_IMPLEMENTATION that only other ops have, as hopper, leaves the choice free here.
+    """
+    if forced is None:
+        forced = config.forced_implementation()
+        forced = None if forced in set(choose.NAMES) - set(NAMES) else forced
     if forced is not None and forced not in NAMES:
         raise ArgumentError("implementation", f"one of {', '.join(NAMES)}", repr(forced), "or leave it out")
     refused: dict[str, str] = {}

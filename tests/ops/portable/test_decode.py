@@ -27,6 +27,9 @@ pytestmark = [
 HERE = pytest.param("cpu", torch.float32, id="fp32-cpu", marks=pytest.mark.interpreter)
 THERE = pytest.param("cuda", torch.bfloat16, id="bf16-cuda", marks=pytest.mark.gpu)
 UNITS = {"units": 1, "groups": decode_launch.GROUP}
+# in the interpreter others show the same: seconds there are milliseconds on a GPU
+SHOWN = ("full-5", "pages-256", "window-0", "contiguous-even", "alibi", "scale-negative", "prefix-window", "int8-ring",
+         "lengths-0-1-17", "ring")  # fmt: skip
 LONG = [
     DecodeCase(name="long-gqa", lengths=(5000, 1, 2049, 16384), group_size=4, num_kv_heads=2, head_dim=128),
     DecodeCase(name="long-mqa", lengths=(40000,), group_size=32, head_dim=128, page_size=256),
@@ -67,8 +70,9 @@ def force(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
 def points(cases: list[DecodeCase]) -> list[Any]:
     made = []
     for case in cases:
-        made.append(pytest.param(case, *HERE.values, id=f"{case}-fp32-cpu", marks=HERE.marks))
-        if case.name in ("queries-5", "everything"):
+        if case.name not in SHOWN:
+            made.append(pytest.param(case, *HERE.values, id=f"{case}-fp32-cpu", marks=HERE.marks))
+        if case.name == "queries-5":
             made.append(pytest.param(case, "cpu", torch.float16, id=f"{case}-fp16-cpu", marks=HERE.marks))
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
             made.append(pytest.param(case, "cuda", dtype, id=f"{case}-{name}-cuda", marks=pytest.mark.gpu))
@@ -91,7 +95,7 @@ def test_long_sequences_err_no_more_than_pytorch(case, dtype):
 
 @pytest.mark.parametrize(("device", "dtype"), [HERE, THERE])
 @pytest.mark.parametrize("units", UNITS)
-@pytest.mark.parametrize("name", ["window-30-queries-3", "ring", "prefix-300", "sinks"])
+@pytest.mark.parametrize("name", ["lengths-0-1-17", "ring", "prefix-300"])
 def test_both_sizes_of_parts_are_right(name, units, device, dtype, monkeypatch):
     force(monkeypatch, units=UNITS[units], prefix_units=UNITS[units])
     case = next(case for case in CASES if case.name == name)
@@ -100,7 +104,7 @@ def test_both_sizes_of_parts_are_right(name, units, device, dtype, monkeypatch):
 
 
 BATCHED = [
-    DecodeCase(name="paged", lengths=(17, 530), group_size=2),
+    DecodeCase(name="paged", lengths=(5, 530), group_size=2),
     DecodeCase(name="window", lengths=(17, 200), mask=Window(70, 0), seqlen_q=2),
     DecodeCase(name="int8", lengths=(20, 130), stored=torch.int8, has_sinks=True),
 ]
