@@ -45,8 +45,20 @@ def compiled(line: table.Tile, head_dim: int, terms: str, dtype: torch.dtype = t
     return kernel
 
 
-@pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("name", LINES)
+DAILY = {("128", terms) for terms in TERMS} | {
+    ("64", "causal"),
+    ("64 long", "full"),
+    ("256", "causal"),
+    ("256", "lists"),
+}
+CASES = [
+    pytest.param(name, terms, marks=() if (name, terms) in DAILY else pytest.mark.slow)  # 6 seconds of two cores each
+    for name in LINES
+    for terms in TERMS
+]
+
+
+@pytest.mark.parametrize(("name", "terms"), CASES)
 def test_shipped_kernels_neither_spill_nor_overflow_nor_serialize(name: str, terms: str) -> None:
     head_dim, line = LINES[name]
     kernel = compiled(line, head_dim, terms)
@@ -65,7 +77,9 @@ def test_the_gate_sees_registers_that_do_not_suffice() -> None:
     assert kernel.is_serialized and kernel.spill_bytes > max(MOST_SPILLED.values())
 
 
-@pytest.mark.parametrize("head_dim", [40, 96, 192])
+@pytest.mark.parametrize(
+    "head_dim", [96, pytest.param(40, marks=pytest.mark.slow), pytest.param(192, marks=pytest.mark.slow)]
+)
 def test_other_dims_ride_on_the_next_power_of_two(head_dim: int) -> None:
     line = table.FORWARD[max(64, 1 << (head_dim - 1).bit_length())]
     kernel = compiled(line, head_dim, "causal", torch.float16)
