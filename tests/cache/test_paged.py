@@ -54,7 +54,7 @@ def test_layers_of_one_kind_share_a_pool_and_its_null_page():
     assert [tuple(layer.key_pages.shape) for layer in paged.layers] == [(6, 16, 2, 8), (4, 16, 2, 8), (6, 16, 2, 8)]
     assert paged.nbytes == 2 * 4 * 16 * 2 * 8 * (2 * 6 + 4)
     assert page_bytes([FULL, SLIDING, FULL], FULL, 16, torch.float32) == 2 * (2 * 16 * 2 * 8) * 4
-    assert all(not pool.any() for pool in (*paged.keys, *paged.values))
+    assert all(not pool.any() for pool in [pool for pools in paged.pools for pool in pools])
     ledger = paged.ledger()
     assert ledger.num_free == (5, 3) and ledger.windows == (None, WINDOW - 1)
 
@@ -76,12 +76,24 @@ def test_what_is_written_is_where_the_tables_say():
 
 def test_copies_read_all_before_they_write():
     paged = cache()
-    for pool in (*paged.keys, *paged.values):
+    for pool in [pool for pools in paged.pools for pool in pools]:
         pool += torch.arange(len(pool)).view(-1, 1, 1, 1, 1)
     paged.copy([[Copy(1, 2), Copy(2, 3)], []])
-    assert paged.keys[0][:, 0, 0, 0, 0].tolist() == [0, 1, 1, 2, 4, 5]
-    assert paged.values[0][:, 1, 3, 1, 2].tolist() == [0, 1, 1, 2, 4, 5]
-    assert paged.keys[1][:, 0, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert paged.pools[0][0][:, 0, 0, 0, 0].tolist() == [0, 1, 1, 2, 4, 5]
+    assert paged.pools[0][1][:, 1, 3, 1, 2].tolist() == [0, 1, 1, 2, 4, 5]
+    assert paged.pools[1][0][:, 0, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+def test_pages_of_8_bits_have_scales_which_are_copied_too(stored):
+    paged = PagedCache([FULL, SLIDING, FULL], (5, 3), 16, torch.float32, "cpu", stored)
+    assert paged.is_quantized and paged.page_nbytes[0] == page_bytes([FULL, SLIDING, FULL], FULL, 16, stored)
+    view = paged.layers[2].view(Tables(torch.zeros(1, 1, dtype=torch.int32)), torch.ones(1, dtype=torch.int32))
+    assert view.keys.dtype == stored and view.key_scales.shape == (6, 16, 2)
+    for pool in paged.pools[0]:
+        pool[1] = 3
+    paged.copy([[Copy(1, 2)], []])
+    assert all(bool((pool[2].float() == 3).all()) for pool in paged.pools[0])
 
 
 def test_sizes_that_cannot_be_are_told():

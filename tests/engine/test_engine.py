@@ -250,6 +250,21 @@ def test_a_deadline_in_real_time():
         assert record.finish_reason in ("deadline", "length") and len(record.token_ids) <= 120
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_pages_of_8_bits_give_the_same_tokens_however_they_are_cut(name, kv_dtype):
+    prompts = [prompt(length) for length in LENGTHS]
+    ample = run(engine(model(name), kv_dtype=kv_dtype), prompts, n=2, temperature=1.0, seed=3)
+    made = engine(model(name), kv_dtype=kv_dtype, num_pages=5, max_batch_tokens=16)
+    assert ids_of(run(made, prompts, n=2, temperature=1.0, seed=3)) == ids_of(ample)
+    assert made.stats().num_preemptions > 0 and ample[0].cache_bytes_per_token < 0.4 * 2 * 3 * 64 * 4
+    full = run(engine(model(name)), prompts, prompt_logprobs=0, max_tokens=1)
+    near = run(engine(model(name), kv_dtype=kv_dtype), prompts, prompt_logprobs=0, max_tokens=1)
+    for one, other in zip(full, near, strict=True):
+        for exact, close in zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True):
+            assert close.logprob == pytest.approx(exact.logprob, abs=0.1 if kv_dtype == "int8" else 0.6)
+
+
 def test_one_request_that_is_no_number_touches_no_other():
     broken = BY_NAME["llama"].build()
     broken.generation_config.eos_token_id = None
@@ -440,6 +455,7 @@ def test_a_timeout_that_is_over_is_refused(timeout):
 SETTINGS = {
     "both": ({"memory_bytes": 2**20}, "memory_bytes: expected nothing beside num_pages"),
     "budget": ({"max_batch_tokens": 4}, "max_batch_tokens: expected at least max_running, 8"),
+    "dtype": ({"kv_dtype": "int4"}, "kv_dtype: expected one of int8, fp8, got 'int4'"),
     "page": ({"page_size": 7}, "page_size: expected one of"),
     "none": ({"num_pages": 0}, "num_pages: expected at least 1, got 0"),
     "little": ({"num_pages": None, "memory_bytes": 100}, "memory_bytes: expected room for at least a page"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from hasten.cache.ledger import Ledger
 from hasten.cache.pages import Copy
 from hasten.cache.static import KVCache
 from hasten.errors import ArgumentError
-from hasten.ops.kv import PAGE_SIZES, PagedKV
+from hasten.ops.kv import PAGE_SIZES, QUANTIZED, PagedKV
 
 # how many keys masks are made for: a sequence in pages has no length that is known when the mask is made
 ENDLESS = 2**31 - 1
@@ -53,7 +54,8 @@ class PagedLayer(CacheLayerMixin):
     """K and V of one layer: key_pages and value_pages (1 + num_pages, page_size, num_kv_heads, head_dim).
 
     pools: K and V of all layers of its kind, (1 + num_pages, layers, page_size, num_kv_heads, head_dim), in which this
-    is layer `place`: what one page holds of all of them lies together, to be moved at once.
+    is layer `place`: what one page holds of all of them lies together, to be moved at once. With 8-bit K and V also
+    their scales, float32 (1 + num_pages, layers, page_size, num_kv_heads).
 
     `update` gives the new states back as they are: the attention function writes them, for it knows the tables.
     """
@@ -62,10 +64,11 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, kind: int, pools: tuple[Tensor, Tensor], place: int) -> None:
+    def __init__(self, kind: int, pools: Sequence[Tensor], place: int) -> None:
         super().__init__()
-        self.kind, self.pools, self.place = kind, pools, place
-        self.key_pages, self.value_pages = (pool[:, place] for pool in pools)
+        self.kind, self.place = kind, place
+        self.pools = (pools[0], pools[1])
+        self.key_pages, self.value_pages, *self.scales = (pool[:, place] for pool in pools)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -106,14 +109,15 @@ class PagedLayer(CacheLayerMixin):
 
     def view(self, tables: Tables, cache_seqlens: Tensor) -> PagedKV:
         """What attention reads."""
-        return PagedKV(self.key_pages, self.value_pages, tables.block_table, cache_seqlens)
+        return PagedKV(self.key_pages, self.value_pages, tables.block_table, cache_seqlens, *self.scales)
 
 
 class PagedCache(Cache):
     """Pools of pages for every layer of a model. Given to its forward as `past_key_values`.
 
-    layers: the kind of each layer. num_pages: for each of `kinds`, beside the null page. Raises ArgumentError that
-    says what would fit if the memory is not there.
+    layers: the kind of each layer. num_pages: for each of `kinds`, beside the null page. dtype: of K and V as the model
+    has them; stored: as they are kept, int8 or float8_e4m3fn with a scale for each token and head, None for `dtype`.
+    Raises ArgumentError that says what would fit if the memory is not there.
     """
 
     def __init__(
@@ -123,23 +127,25 @@ class PagedCache(Cache):
         page_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        stored: torch.dtype | None = None,
     ) -> None:
         if page_size not in PAGE_SIZES:
             raise ArgumentError("page_size", f"one of {PAGE_SIZES}", page_size, "32 is a good one")
         self.kinds = kinds_of(layers)
         self.page_size, self.dtype, self.num_pages = page_size, dtype, tuple(num_pages)
-        self.keys: list[Tensor] = []  # for each kind (1 + num_pages, layers, page_size, num_kv_heads, head_dim)
-        self.values: list[Tensor] = []
+        self.stored = dtype if stored is None else stored
+        self.pools: list[list[Tensor]] = []  # for each kind K, V and, of 8 bits, their scales, as in `PagedLayer`
         for kind, count in zip(self.kinds, num_pages, strict=True):
             sizes = (1 + count, list(layers).count(kind), page_size, kind.num_kv_heads)
-            self.keys.append(self._allocate((*sizes, kind.head_dim), device))
-            self.values.append(self._allocate((*sizes, kind.head_dim_v), device))
+            shapes: list[tuple[tuple[int, ...], torch.dtype]]
+            shapes = [((*sizes, dim), self.stored) for dim in (kind.head_dim, kind.head_dim_v)]
+            shapes += [(sizes, torch.float32)] * (2 if self.is_quantized else 0)
+            self.pools.append([_allocate(shape, one, device) for shape, one in shapes])
         views: list[CacheLayerMixin] = []
         seen = [0] * len(self.kinds)
         for layer in layers:
             number = self.kinds.index(layer)
-            place = seen[number]
-            views.append(PagedLayer(number, (self.keys[number], self.values[number]), place))
+            views.append(PagedLayer(number, self.pools[number], seen[number]))
             seen[number] += 1
         super().__init__(layers=views)
 
@@ -147,37 +153,41 @@ class PagedCache(Cache):
         """An accountant for these pools, all pages free."""
         return Ledger([kind.window for kind in self.kinds], self.num_pages, self.page_size)
 
+    @property
+    def is_quantized(self) -> bool:
+        """True if K and V are kept in 8 bits, with scales."""
+        return self.stored in QUANTIZED
+
     def copy(self, copies: Sequence[Sequence[Copy]]) -> None:
         """Copy pages, by kind, in every layer: all are read before one is written."""
-        for keys, values, wanted in zip(self.keys, self.values, copies, strict=True):
+        for pools, wanted in zip(self.pools, copies, strict=True):
             if wanted:
-                sources, targets = torch.tensor(wanted, device=keys.device).unbind(1)
-                keys[targets] = keys[sources]
-                values[targets] = values[sources]
+                sources, targets = torch.tensor(wanted, device=pools[0].device).unbind(1)
+                for pool in pools:
+                    flat = pool.view(torch.uint8) if pool.dtype in QUANTIZED else pool
+                    flat[targets] = flat[sources]
 
     @property
     def page_nbytes(self) -> tuple[int, ...]:
         """Bytes of one page, over all layers of a kind, by kind."""
-        return tuple(keys[0].nbytes + values[0].nbytes for keys, values in zip(self.keys, self.values, strict=True))
+        return tuple(sum(pool[0].nbytes for pool in pools) for pools in self.pools)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pools."""
-        return sum(pool.nbytes for pool in (*self.keys, *self.values))
+        return sum(pool.nbytes for pools in self.pools for pool in pools)
 
-    def _allocate(self, sizes: tuple[int, ...], device: torch.device | str) -> Tensor:
-        try:
-            # zeros, not empty: what was never written holds no NaN, and costs nothing on a CPU until it is
-            return torch.zeros(sizes, dtype=self.dtype, device=device)
-        except RuntimeError as error:  # torch's out-of-memory errors, of a CPU and of a GPU
-            if "memory" not in str(error):
-                raise
-            numel = 1
-            for size in sizes:
-                numel *= size
-            got = f"{sizes[0] - 1} pages, whose K or V alone takes {numel * self.dtype.itemsize / 2**30:,.1f} GiB"
-            hint = f"{free_bytes(device) / 2**30:,.1f} GiB are free: give fewer pages or memory_bytes"
-            raise ArgumentError("num_pages", "pages that fit in memory", got, hint) from error
+
+def _allocate(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    try:
+        # zeros, not empty: what was never written holds no NaN, and costs nothing on a CPU until it is
+        return torch.zeros(sizes, dtype=dtype, device=device)
+    except RuntimeError as error:  # torch's out-of-memory errors, of a CPU and of a GPU
+        if "memory" not in str(error):
+            raise
+        got = f"{sizes[0] - 1} pages, whose K or V alone takes {prod(sizes) * dtype.itemsize / 2**30:,.1f} GiB"
+        hint = f"{free_bytes(device) / 2**30:,.1f} GiB are free: give fewer pages or memory_bytes"
+        raise ArgumentError("num_pages", "pages that fit in memory", got, hint) from error
 
 
 def kinds_of(layers: Sequence[Kind]) -> tuple[Kind, ...]:
@@ -186,9 +196,10 @@ def kinds_of(layers: Sequence[Kind]) -> tuple[Kind, ...]:
 
 
 def page_bytes(layers: Sequence[Kind], kind: Kind, page_size: int, dtype: torch.dtype) -> int:
-    """What one page of a kind takes, over all its layers."""
-    per_token = kind.num_kv_heads * (kind.head_dim + kind.head_dim_v)
-    return list(layers).count(kind) * page_size * per_token * dtype.itemsize
+    """What one page of a kind takes, over all its layers, with K and V kept in `dtype`."""
+    scales = 2 * 4 if dtype in QUANTIZED else 0
+    per_token = kind.num_kv_heads * ((kind.head_dim + kind.head_dim_v) * dtype.itemsize + scales)
+    return list(layers).count(kind) * page_size * per_token
 
 
 def free_bytes(device: torch.device | str) -> int:

@@ -50,7 +50,7 @@ def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device) -> Ba
         ends.append(ends[-1] + len(piece.ids))
     rows = [first + row for first, piece in zip(ends, pieces, strict=False) for row in piece.rows]
     lengths = tuple((len(piece.ids), piece.start + len(piece.ids)) for piece in pieces)
-    kinds = range(len(cache.kinds))
+    kinds, is_gathered = range(len(cache.kinds)), _is_gathered(cache, device)
     return Batch(
         ids=torch.tensor([ids], device=device),
         positions=torch.tensor([positions], device=device),
@@ -61,21 +61,26 @@ def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device) -> Ba
             cu_seqlens_q=torch.tensor(ends, dtype=torch.int32, device=device),
             lengths=lengths,
             max_seqlen_q=max(count for count, _ in lengths),
-            plans=tuple(_plan(pieces, lengths, kind, cache) if device.type == "cpu" else None for kind in kinds),
+            plans=tuple(_plan(pieces, lengths, kind, cache) if is_gathered else None for kind in kinds),
         ),
         rows=torch.tensor(rows, dtype=torch.int64, device=device),
         copies=tuple(tuple(copy for piece in pieces if piece.copies for copy in piece.copies[kind]) for kind in kinds),
     )
 
 
+def _is_gathered(cache: PagedCache, device: torch.device) -> bool:
+    """True if attention is that of attend_cpu.py; 8-bit pages go the way of a GPU also on a CPU."""
+    return device.type == "cpu" and not cache.is_quantized
+
+
 def _tables(pieces: Sequence[Piece], kind: int, cache: PagedCache, device: torch.device) -> Tables:
-    """Page tables as long as the longest sequence; on a CPU also the place of every new token."""
+    """Page tables as long as the longest sequence; where pages are gathered, also the place of every new token."""
     rows = [piece.holding.tables[kind].pages for piece in pieces]
     longest = max(map(len, rows))
     block_table = torch.tensor([pages + [0] * (longest - len(pages)) for pages in rows], dtype=torch.int32)
-    if device.type != "cpu":
+    if not _is_gathered(cache, device):
         return Tables(block_table.to(device))
-    size, num_layers = cache.page_size, cache.keys[kind].shape[1]
+    size, num_layers = cache.page_size, cache.pools[kind][0].shape[1]
     places = [
         pages[position // size] * num_layers * size + position % size
         for piece, pages in zip(pieces, rows, strict=True)

@@ -11,6 +11,7 @@ from hasten.cache.paged import Kind, free_bytes, kinds_of, page_bytes
 from hasten.engine.runner import context_length
 from hasten.errors import ArgumentError
 
+KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 CPU_BYTES = 2**30  # of a pool that nobody gave a size
 CUDA_SHARE = 0.85  # of the memory that is free once the model is there; the rest is for its activations
 
@@ -27,10 +28,10 @@ def num_pages(
     max_running: int,
     max_batch_tokens: int,
 ) -> list[int]:
-    """Pages of each kind: `wanted` of those that keep everything, or what `memory_bytes` hold, or a good number.
+    """Pages of each kind, of K and V kept in `dtype`: as many as are wanted or `memory_bytes` hold, or a good number.
 
-    Layers with a window get what all running sequences can use, and never more than the others.
-    Raises ArgumentError for both or for too little.
+    `wanted` is of the layers that keep everything. Layers with a window get what all running sequences can use, and
+    never more than the others. Raises ArgumentError for both or for too little.
     """
     if wanted is not None and memory_bytes is not None:
         raise ArgumentError("memory_bytes", "nothing beside num_pages", memory_bytes, "give one of them")
@@ -45,6 +46,15 @@ def num_pages(
         got = f"{share:,} bytes, where a page takes {sum(sizes):,}"
         raise ArgumentError("memory_bytes", "room for at least a page beside the unused one", got, "give more")
     return counts
+
+
+def stored_as(kv_dtype: str | None, dtype: torch.dtype) -> torch.dtype:
+    """How K and V of a model of `dtype` are kept; raises ArgumentError for a name that is none."""
+    if kv_dtype is None:
+        return dtype
+    if kv_dtype not in KV_DTYPES:
+        raise ArgumentError("kv_dtype", f"one of {', '.join(KV_DTYPES)}", repr(kv_dtype), "or leave it out")
+    return KV_DTYPES[kv_dtype]
 
 
 def longest(config: Any) -> int | None:
@@ -91,4 +101,4 @@ def _share(device: torch.device) -> int:
     return int(CUDA_SHARE * free_bytes(device)) if device.type == "cuda" else min(CPU_BYTES, free_bytes(device) // 2)
 
 
-__all__ = ["longest", "num_pages"]
+__all__ = ["longest", "num_pages", "stored_as"]
