@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -100,11 +101,15 @@ class Workspace:
     counter: Tensor
 
     @classmethod
-    def make(cls, plan: Plan, device: torch.device) -> Workspace:
-        """Memory for one call; turns and counter both aligned to 16 bytes, or kernels would be compiled twice."""
+    def make(cls, plan: Plan, device: torch.device, is_read: bool) -> Workspace:
+        """Memory for one call; turns and counter both aligned to 16 bytes, or kernels would be compiled twice.
+
+        is_read: whether all of stats is read afterwards, blocks between packed sequences too, which no kernel writes.
+        """
         blocks = plan.num_heads * plan.num_blocks
         rows = blocks * plan.tile.block_m
-        stats = torch.empty((blocks, 2 * plan.tile.block_m), dtype=torch.float32, device=device)
+        new = torch.zeros if is_read else torch.empty
+        stats = new((blocks, 2 * plan.tile.block_m), dtype=torch.float32, device=device)
         dq_sum = torch.empty((rows * plan.columns // 64, 64), dtype=torch.float32, device=device)
         numbers = torch.empty(4 + blocks, dtype=torch.int32, device=device)
         return cls(stats, dq_sum, numbers[4:], numbers[:1])
@@ -116,15 +121,12 @@ def backward(
     """Gradients, as `call.py` says; dk and dv are the same in every run, dq is if the call is deterministic."""
     plan = Plan.of(q, k, v, call)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    dsinks = _dsinks(dout, dlse, out, lse, call)
-    if 0 in q.shape or 0 in k.shape or plan.batch == 0:
-        return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), dsinks)
     dout = dout if _is_loadable(dout) else dout.contiguous()
-    space = Workspace.make(plan, q.device)
+    space = Workspace.make(plan, q.device, is_read=call.sinks is not None)
     _before(dout, dlse, out, lse, space, plan, call)
     _main((q, k, v, dout), (dk, dv), space, plan, call)
     _after(dq, space, plan, call)
-    return Gradients(dq, dk, dv, dsinks)
+    return Gradients(dq, dk, dv, _dsinks(space, plan, call))
 
 
 def _before(
@@ -234,12 +236,10 @@ def _row_strides(statistic: Tensor) -> tuple[int, int, int]:
     return (0 if statistic.ndim == 2 else statistic.stride(0)), statistic.stride(-1), statistic.stride(-2)
 
 
-def _dsinks(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, call: Call) -> Tensor | None:
-    """The sink is one more key whose value is zero: ds = p * (0 - delta)."""
+def _dsinks(space: Workspace, plan: Plan, call: Call) -> Tensor | None:
+    """The sink is one more key whose value is zero: ds = p * (0 - delta), summed over the rows of a head."""
     if call.sinks is None:
         return None
-    delta = (dout.float() * out.float()).sum(-1).transpose(-1, -2)
-    if dlse is not None:
-        delta = delta - dlse
-    share = torch.where(lse == -torch.inf, 0.0, torch.exp(call.sinks[:, None] - lse)) * -delta
-    return share.sum(-1) if lse.ndim == 2 else share.sum((0, 2))
+    lse, delta = space.stats.view(plan.num_heads, -1, 2, plan.tile.block_m).unbind(2)
+    share = torch.exp2(call.sinks[:, None, None] * math.log2(math.e) - lse)
+    return -(share * delta).sum((1, 2))
