@@ -37,25 +37,26 @@ Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default 
 Out = Annotated[Path | None, typer.Option(help="Append the records to this file, one JSON line each.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the records instead of tables.")]
 Commit = Annotated[str | None, typer.Option(help="Commit of the sources, where git is not there to say.")]
+CausalMask = Annotated[bool, typer.Option("--causal", help="Causal mask (with --full, both; that is the default).")]
+Masks = Annotated[
+    list[str] | None, typer.Option(help="blocks:PERCENT, documents:MEAN, packed:MEAN length; may be repeated.")
+]
+Suite = Annotated[
+    str | None, typer.Option(help="A named suite instead of a grid: hopper. --head-dim and --seqlen choose from it.")
+]
+Peers = Annotated[str, typer.Option(help="auto, all, none, or names; flex compiles each problem for seconds.")]
 
 
 @app.command()
 def attention(
     head_dim: Annotated[str | None, typer.Option(help="Sizes, such as 64,128.")] = None,
     seqlen: Annotated[str | None, typer.Option(help="Lengths, such as 512..16384 (doubling).")] = None,
-    causal: Annotated[
-        bool, typer.Option("--causal", help="Causal mask (with --full, both; that is the default).")
-    ] = False,
+    causal: CausalMask = False,
     full: Annotated[bool, typer.Option("--full", help="No mask.")] = False,
     window: Annotated[list[str] | None, typer.Option(help="A window LEFT,RIGHT; may be repeated.")] = None,
     longformer: Annotated[list[str] | None, typer.Option(help="WINDOW,GLOBAL tokens; may be repeated.")] = None,
-    mask: Annotated[
-        list[str] | None, typer.Option(help="blocks:PERCENT, documents:MEAN, packed:MEAN length; may be repeated.")
-    ] = None,
-    suite: Annotated[
-        str | None,
-        typer.Option(help="A named suite instead of a grid: hopper. --head-dim and --seqlen choose from it."),
-    ] = None,
+    mask: Masks = None,
+    suite: Suite = None,
     rows: Annotated[str, typer.Option(help="Which rows of the suite, such as longformer,window.")] = "",
     budget: Annotated[float | None, typer.Option(min=0, help="Begin no problem after so many seconds.")] = None,
     forward: Annotated[bool, typer.Option("--forward", help="Forward only.")] = False,
@@ -66,9 +67,7 @@ def attention(
     batch: Annotated[int | None, typer.Option(min=1, help="Instead of --tokens.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Instead of --width.")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="As many as heads by default.")] = None,
-    peers: Annotated[
-        str, typer.Option(help="auto, all, none, or names; flex compiles each problem for seconds.")
-    ] = "auto",
+    peers: Peers = "auto",
     implementation: Annotated[list[str] | None, typer.Option(help="Which of ours; may be repeated.")] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Ours a second time, so asked.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Half the calls, and only the first of ours.")] = False,
@@ -85,23 +84,13 @@ def attention(
     kind = parse_dtype(dtype or usual["dtype"])
     if suite or rows:
         if patterns or tokens or width or batch or heads or kv_heads:
-            raise ArgumentError(
-                "suite", "no masks and sizes beside it", "both", "--rows, --head-dim and --seqlen choose"
-            )
+            hint = "--rows, --head-dim and --seqlen choose"
+            raise ArgumentError("suite", "no masks and sizes beside it", "both", hint)
         problems = _chosen(suite or "hopper", rows, kind, head_dim, seqlen)
     else:
-        grid = suites.Grid(
-            head_dims=suites.parse_sizes("head-dim", head_dim or usual["head_dim"]),
-            seqlens=suites.parse_sizes("seqlen", seqlen or usual["seqlen"]),
-            patterns=patterns or [Pattern(right=0), Pattern()],
-            dtype=kind,
-            tokens=tokens or usual["tokens"],
-            width=width or usual["width"],
-            batch=batch,
-            heads=heads,
-            kv_heads=kv_heads,
-        )
-        problems = list(grid)
+        total = {"tokens": tokens or usual["tokens"], "width": width or usual["width"]}
+        lengths = {"head_dim": head_dim or usual["head_dim"], "seqlen": seqlen or usual["seqlen"]}
+        problems = _grid(lengths, patterns, kind, {**total, "batch": batch, "heads": heads, "kv_heads": kv_heads})
     ours = implementation or (list(peers_module.our_implementations(place)[:1]) if quick else [])
     options = attention_suite.Options(
         problems=problems,
@@ -229,6 +218,21 @@ def _patterns(causal: bool, full: bool, windows: list[str], longformers: list[st
     asked += [Pattern.parse(f"window:{text}") for text in windows]
     asked += [Pattern.parse(f"longformer:{text}") for text in longformers]
     return asked + [Pattern.parse(text) for text in masks]
+
+
+def _grid(
+    lengths: dict[str, str], patterns: list[Pattern], dtype: torch.dtype, sizes: dict[str, int | None]
+) -> list[Problem]:
+    """Every head_dim, length and mask, causal and full if none is named; the rest of the sizes as given."""
+    return list(
+        suites.Grid(
+            head_dims=suites.parse_sizes("head-dim", lengths["head_dim"]),
+            seqlens=suites.parse_sizes("seqlen", lengths["seqlen"]),
+            patterns=patterns or [Pattern(right=0), Pattern()],
+            dtype=dtype,
+            **sizes,  # type: ignore[arg-type]
+        )
+    )
 
 
 def _chosen(suite: str, rows: str, dtype: torch.dtype, head_dim: str | None, seqlen: str | None) -> list[Problem]:
