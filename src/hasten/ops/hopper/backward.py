@@ -44,7 +44,11 @@ from hasten.ops.hopper.backward_tiles import (
 from hasten.ops.hopper.backward_wide import consume_wide, load_wide
 from hasten.ops.hopper.cells import accumulator
 
-LENGTHS = ("num_tiles", "num_pairs", "pairs_at_once", "num_kv_heads", "seqlen_q", "seqlen_k", "num_blocks")
+# numbers for which a kernel compiled for "1" or "a multiple of 16" gains nothing and costs seconds
+LENGTHS = (
+    "lists", "rows", "band", "terms", "num_tiles", "num_pairs", "pairs_of_group", "num_groups", "num_kv_heads",
+    "seqlen_q", "seqlen_k", "num_blocks", "group_size",
+)  # fmt: skip
 
 
 @gluon.jit
@@ -57,7 +61,7 @@ def wait_staged():
 @gluon.jit
 def load_tiles(
     descriptors, buffers, barriers, slots, problem, counter,
-    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr,
+    group_size, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr,
     ORDERED: gl.constexpr,
 ):  # fmt: skip
     """One warp: of every item K and V, then Q, row statistics and dO, `AHEAD` blocks ahead of the consumers."""
@@ -71,8 +75,8 @@ def load_tiles(
         walk = (problem[3], place, kv_head, problem[4], bounds, (at_q[2], at_k[2]))
         n0, begin = place[1] * BLOCK_N, count
         if n0 < at_k[2]:
-            for member in range(GROUP_SIZE):
-                head = kv_head * GROUP_SIZE + member
+            for member in range(group_size):
+                head = kv_head * group_size + member
                 visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
                 for step in range(visits[1] + visits[5]):
                     _, block, _ = block_of(problem[3], visits, step, ORDERED)
@@ -105,21 +109,21 @@ def load_tiles(
 @gluon.jit
 def load_items(
     descriptors, buffers, barriers, slots, problem, counter,
-    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr,
+    group_size, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr,
     ORDERED: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads, for either kind of tile."""
     if BLOCK_N == 64:
-        load_wide(descriptors, buffers, barriers, slots, problem, counter, GROUP_SIZE, BLOCK_M, BLOCK_N, ORDERED)
+        load_wide(descriptors, buffers, barriers, slots, problem, counter, group_size, BLOCK_M, BLOCK_N, ORDERED)
     else:
         load_tiles(
-            descriptors, buffers, barriers, slots, problem, counter, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, ORDERED
+            descriptors, buffers, barriers, slots, problem, counter, group_size, BLOCK_M, BLOCK_N, AHEAD, ORDERED
         )
 
 
 @gluon.jit
 def add_tiles(
-    dq_desc, dq_buf, turns, slots, problem, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    dq_desc, dq_buf, turns, slots, problem, group_size, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     PIECES: gl.constexpr, COMERS: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """One warp: add what the consumers stage of dQ to global memory, and hand the staging back.
@@ -134,8 +138,8 @@ def add_tiles(
         at_q, at_k, place, kv_head, bounds, rows_at = find(item, problem, BLOCK_M, BLOCK_N)
         walk = (problem[3], place, kv_head, problem[4], bounds, (at_q[2], at_k[2]))
         if place[1] * BLOCK_N < at_k[2]:
-            for member in range(GROUP_SIZE):
-                head = kv_head * GROUP_SIZE + member
+            for member in range(group_size):
+                head = kv_head * group_size + member
                 visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
                 for step in range(visits[1] + visits[5]):
                     _, block, _ = block_of(problem[3], visits, step, ORDERED)
@@ -166,7 +170,7 @@ def add_tiles(
 
 @gluon.jit
 def consume_tile(
-    job, at_k, walk, tiles, count, W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr,
+    job, at_k, walk, tiles, count, W: gl.constexpr, group_size, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, AHEAD: gl.constexpr, MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr, ORDER: gl.constexpr,
     ORDERED: gl.constexpr,
 ):  # fmt: skip
@@ -196,8 +200,8 @@ def consume_tile(
     mbarrier.wait(kv_full.index(0), tiles & 1)
     if HIDDEN_KEYS:
         hide_keys(k_buf.index(W).reshape([64, D]), v_buf.index(W).reshape([64, DV]), n0 + 64 * W, bounds, BLOCK_N)
-    for member in range(GROUP_SIZE):
-        head = kv_head * GROUP_SIZE + member
+    for member in range(group_size):
+        head = kv_head * group_size + member
         visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
         for step in range(visits[1] + visits[5]):
             entry, block, is_partial = block_of(lists, visits, step, ORDERED)
@@ -261,7 +265,7 @@ def consume_tile(
 
 @gluon.jit
 def consume_tiles(
-    job, slots, problem, W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    job, slots, problem, W: gl.constexpr, group_size, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     AHEAD: gl.constexpr, MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr, ORDER: gl.constexpr,
     ORDERED: gl.constexpr,
 ):  # fmt: skip
@@ -273,7 +277,7 @@ def consume_tiles(
         if place[1] * BLOCK_N < at_k[2]:
             if BLOCK_N == 64:
                 count = consume_wide(
-                    job, at_k, walk, tiles, count, W, GROUP_SIZE, BLOCK_M, BLOCK_N, MASKED, HIDDEN_KEYS, ORDER, ORDERED
+                    job, at_k, walk, tiles, count, W, group_size, BLOCK_M, BLOCK_N, MASKED, HIDDEN_KEYS, ORDER, ORDERED
                 )
             else:
                 count = consume_tile(
@@ -283,7 +287,7 @@ def consume_tiles(
                     tiles,
                     count,
                     W,
-                    GROUP_SIZE,
+                    group_size,
                     BLOCK_M,
                     BLOCK_N,
                     AHEAD,
@@ -301,8 +305,8 @@ def consume_tiles(
 def attention_backward(
     q_desc, k_desc, v_desc, dout_desc, stats_desc, dq_desc, dk_desc, dv_desc,
     turns, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists, rows, band, terms,
-    num_tiles, num_pairs, pairs_at_once, num_kv_heads, seqlen_q, seqlen_k, num_blocks,
-    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr, MASKED: gl.constexpr,
+    num_tiles, num_pairs, pairs_of_group, num_groups, num_kv_heads, seqlen_q, seqlen_k, num_blocks, group_size,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr, MASKED: gl.constexpr,
     ORDER: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of tiles of BLOCK_N keys of one K/V head, and what they add to dq of the heads of its group.
@@ -311,7 +315,7 @@ def attention_backward(
     dq_desc: float32 (heads * blocks * BLOCK_M * D / 64, 64), in the order of `fragments`; num_blocks a head.
     turns: int32 (heads * blocks), counter: int32 (1,), both 0. Persistent: one program for each multiprocessor.
     """
-    order = (num_tiles, num_pairs, pairs_at_once, num_kv_heads)
+    order = (num_tiles, num_pairs, pairs_of_group, num_groups, num_kv_heads)
     problem = (cu_seqlens_q, cu_seqlens_k, key_range, lists, band, order, (seqlen_q, seqlen_k), num_blocks, rows)
     WIDE: gl.constexpr = BLOCK_N == 64
     q_buf, dout_buf, k_buf, v_buf = ring(q_desc, AHEAD + 1), ring(dout_desc, AHEAD), ring(k_desc, 2), ring(v_desc, 2)
@@ -331,19 +335,19 @@ def attention_backward(
         [
             (
                 consume_tiles,
-                (job, slots, problem, 0, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER, ORDERED),
+                (job, slots, problem, 0, group_size, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER, ORDERED),
             ),
             (
                 consume_tiles,
-                (job, slots, problem, 1, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER, ORDERED),
+                (job, slots, problem, 1, group_size, BLOCK_M, BLOCK_N, AHEAD, MASKED, HIDDEN, ORDER, ORDERED),
             ),
             (
                 load_items,
-                (loads, fills, barriers, slots, problem, counter, GROUP_SIZE, BLOCK_M, BLOCK_N, AHEAD, ORDERED),
+                (loads, fills, barriers, slots, problem, counter, group_size, BLOCK_M, BLOCK_N, AHEAD, ORDERED),
             ),
             (
                 add_tiles,
-                (dq_desc, dq_buf, turns, slots, problem, GROUP_SIZE, BLOCK_M, BLOCK_N, PIECES, COMERS, ORDERED),
+                (dq_desc, dq_buf, turns, slots, problem, group_size, BLOCK_M, BLOCK_N, PIECES, COMERS, ORDERED),
             ),
         ],
         [4, 1, 1],

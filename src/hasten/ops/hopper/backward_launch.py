@@ -1,11 +1,10 @@
-"""Host side of the Hopper backward: outputs, workspace, TMA descriptors, grids. Everything was checked above."""
+"""Host side of the Hopper backward: outputs, workspace, and the launches of a call, worked out once for each kind."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +14,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from hasten.ops.call import Call, Gradients
 from hasten.ops.hopper.backward import attention_backward
 from hasten.ops.hopper.backward_rows import backward_after, backward_before
-from hasten.ops.tiles import Band, TileLists, as_band, tile_lists
+from hasten.ops.launching import TENSOR, Described, Launch
+from hasten.ops.tiles import as_band, tile_lists
 
 __all__ = ["backward"]
 
-# of the 50 MB: what the (sequence, head) pairs that are worked on together may hold of Q, dO and float32 dQ
+# of the 50 MB: what the (sequence, head) pairs of a group may hold of Q, dO and float32 dQ
 _L2_BYTES = 32 * 2**20
-_PLAIN = gl.NVMMASharedLayout(0, 32, 2)
+_TURNS_OF_LAST_GROUP = 4
+_MOST_PLANS = 256
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """Tile of the main kernel; blocks of rows loaded ahead; whether dV is multiplied before dP is waited for."""
 
     block_m: int
@@ -43,52 +43,104 @@ def backward_tile(columns: int, is_masked: bool, has_softcap: bool) -> Tile:
     return Tile(64, 64, 1, 0)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of one call, the same names in dense and packed layout; blocks of rows as `backward_rows` counts them."""
+class Sizes(NamedTuple):
+    """Sizes and strides of one call, the same names in dense and packed layout. Holds no tensor.
+
+    strides: (batch, row, head) of q, k, v, dout, out, lse, dlse (None if there is none). `band` is (left, right), None
+    for a mask that is no band; that one `varies` by batch and by head or not. Blocks of rows: see `backward_rows`.
+    """
 
     batch: int
     num_heads: int
     num_kv_heads: int
-    columns: int
-    tile: Tile
-    is_masked: bool
-    num_tiles_q: int
-    num_tiles_k: int
-    num_blocks: int
+    head_dim: int
+    head_dim_v: int
+    total_q: int
+    total_k: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    strides: tuple[tuple[int, ...] | None, ...]
+    is_packed: bool
+    softmax_scale: float
+    softcap: float | None
+    band: tuple[int | None, int | None] | None
+    has_padding: bool
+    varies: tuple[bool, bool]
+    deterministic: bool
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
-        """Read them off the tensors."""
-        columns = max(64, 1 << (max(q.shape[-1], v.shape[-1]) - 1).bit_length())
-        is_masked = call.is_packed or as_band(call.mask) != Band() or call.max_seqlen_k % 128 != 0
-        tile = backward_tile(columns, is_masked, bool(call.softcap))
-        batch = q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
-        num_tiles_q, num_tiles_k = -(-call.max_seqlen_q // tile.block_m), -(-call.max_seqlen_k // tile.block_n)
-        num_blocks = q.shape[0] // tile.block_m + batch if call.is_packed else batch * num_tiles_q
-        heads = q.shape[-2], k.shape[-2]
-        return cls(batch, *heads, columns, tile, is_masked, num_tiles_q, num_tiles_k, num_blocks)
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, rows: tuple[Tensor | None, ...], call: Call) -> Sizes:
+        """Read them off the tensors and the call; rows: dout, out, lse, dlse."""
+        band, mask, cu_seqlens = as_band(call.mask), call.mask, call.cu_seqlens_q
+        return cls(
+            q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+            q.shape[-2],
+            k.shape[-2],
+            q.shape[-1],
+            v.shape[-1],
+            q.shape[-3],
+            k.shape[-3],
+            call.max_seqlen_q,
+            call.max_seqlen_k,
+            (*map(_strides, (q, k, v, *rows[:2])), *map(_row_strides, rows[2:])),
+            cu_seqlens is not None,
+            call.softmax_scale,
+            call.softcap or None,
+            None if band is None else (band.left, band.right),
+            band is not None and band.padding is not None,
+            (False, False) if band is not None else (mask.varies_by_batch, mask.varies_by_head),
+            call.deterministic,
+        )
 
     @property
-    def group_size(self) -> int:
-        return self.num_heads // self.num_kv_heads
+    def columns(self) -> int:
+        """The tile that holds a row of q, k and v: TMA fills the columns past head_dim with zeros."""
+        return max(64, 1 << (max(self.head_dim, self.head_dim_v) - 1).bit_length())
 
     @property
-    def num_pairs(self) -> int:
-        return self.num_kv_heads * self.batch
+    def is_masked(self) -> bool:
+        """Whether any tile may have hidden cells."""
+        return self.is_packed or self.has_padding or self.band != (None, None) or self.max_seqlen_k % 128 != 0
 
-    def pairs_at_once(self, call: Call) -> int:
-        """(sequence, K/V head) pairs to go through together: as many as have room for their rows in the L2.
+    @property
+    def tile(self) -> Tile:
+        return backward_tile(self.columns, self.is_masked, self.softcap is not None)
 
-        A deterministic call takes at least 16: the tiles of one pair add to dQ one after the other, and the fewer of
-        them run at a time, the less they wait; they pass the same rows at about the same time, which spares the L2.
+    @property
+    def num_tiles(self) -> tuple[int, int]:
+        """Blocks of rows and tiles of keys of the longest sequence."""
+        return -(-self.max_seqlen_q // self.tile.block_m), -(-self.max_seqlen_k // self.tile.block_n)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of rows of one head."""
+        return self.total_q // self.tile.block_m + self.batch if self.is_packed else self.batch * self.num_tiles[0]
+
+    def groups(self, num_programs: int) -> tuple[int, int]:
+        """(pairs of sequence and K/V head of a group, how many such groups before one of all the other pairs).
+
+        A group is as small as fills the GPU, so that its rows are read once; where items differ in length, the last
+        one fills it several times, so that its short items even out the end (both as in the forward). A deterministic
+        call takes 16 pairs at least: tiles of one pair add to dQ one after the other, and the fewer of them run at a
+        time, the less they wait; they pass the same rows at about the same time, which spares the L2.
         """
-        pair_bytes = self.group_size * call.max_seqlen_q * self.columns * (2 * 2 + 4)
-        return min(max(16 if call.deterministic else 1, _L2_BYTES // pair_bytes), self.num_pairs)
+        num_tiles, group_size = self.num_tiles[1], self.num_heads // self.num_kv_heads
+        fitting = max(1, _L2_BYTES // (group_size * self.max_seqlen_q * self.columns * (2 * 2 + 4)))
+
+        def pairs(times: int) -> int:
+            return max(16 if self.deterministic else 1, min(fitting, -(-times * num_programs // num_tiles)))
+
+        last = 0 if self.band == (None, None) and not self.has_padding else pairs(_TURNS_OF_LAST_GROUP)
+        return pairs(1), max(0, self.num_kv_heads * self.batch - last) // pairs(1)
+
+    def list_strides(self, lines: int) -> tuple[int, int]:
+        """Lines of tiles in a list from one sequence to the next and from one head to the next; 0 where they share."""
+        by_batch, by_head = self.varies
+        batch_stride = lines * (self.num_heads if by_head else 1) if by_batch and self.batch > 1 else 0
+        return batch_stride, lines if by_head and self.num_heads > 1 else 0
 
 
-@dataclass(frozen=True)
-class Workspace:
+class Workspace(NamedTuple):
     """What the kernels of one backward hand to each other; nothing has to be filled.
 
     stats float32 (heads * blocks, 2 * block_m), dq_sum float32 (heads * blocks * block_m * columns / 64, 64),
@@ -101,100 +153,112 @@ class Workspace:
     counter: Tensor
 
     @classmethod
-    def make(cls, plan: Plan, device: torch.device, is_read: bool) -> Workspace:
+    def make(cls, sizes: Sizes, device: torch.device, is_read: bool) -> Workspace:
         """Memory for one call; turns and counter both aligned to 16 bytes, or kernels would be compiled twice.
 
         is_read: whether all of stats is read afterwards, blocks between packed sequences too, which no kernel writes.
         """
-        blocks = plan.num_heads * plan.num_blocks
-        rows = blocks * plan.tile.block_m
+        blocks, block_m = sizes.num_heads * sizes.num_blocks, sizes.tile.block_m
         new = torch.zeros if is_read else torch.empty
-        stats = new((blocks, 2 * plan.tile.block_m), dtype=torch.float32, device=device)
-        dq_sum = torch.empty((rows * plan.columns // 64, 64), dtype=torch.float32, device=device)
+        stats = new((blocks, 2 * block_m), dtype=torch.float32, device=device)
+        dq_sum = torch.empty((blocks * block_m * sizes.columns // 64, 64), dtype=torch.float32, device=device)
         numbers = torch.empty(4 + blocks, dtype=torch.int32, device=device)
         return cls(stats, dq_sum, numbers[4:], numbers[:1])
+
+
+@lru_cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Programs of a persistent kernel: one for each."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=_MOST_PLANS)
+def plan_before(sizes: Sizes) -> Launch:
+    """Launch of out, dout, lse, dlse, stats, turns, counter, cu_seqlens_q."""
+    dout, out, lse, dlse = sizes.strides[3:]
+    grid = (sizes.num_tiles[0] * sizes.num_heads * sizes.batch,)
+    numbers = (sizes.num_tiles[0], sizes.num_heads, sizes.max_seqlen_q, sizes.num_blocks)
+    options = {
+        "HEAD_DIM_V": sizes.head_dim_v,
+        "BLOCK_DV": sizes.columns,
+        "BLOCK_M": sizes.tile.block_m,
+        "num_warps": 4,
+    }
+    return Launch(backward_before, grid, ((TENSOR,) * 8 + (out, dout, lse, dlse) + numbers), options)
+
+
+@lru_cache(maxsize=_MOST_PLANS)
+def plan_main(sizes: Sizes, num_programs: int) -> Launch:
+    """Launch of q, k, v, dout, stats, dq_sum, dk, dv, turns, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists."""
+    tile, columns, (num_tiles_q, num_tiles_k) = sizes.tile, sizes.columns, sizes.num_tiles
+    rows = Described(partial(describe_rows, rows=tile.block_m, columns=columns))
+    part = columns if tile.block_n == 128 else columns // 2  # of K and V: what is loaded at a time
+    keys = Described(partial(describe_rows, rows=64, columns=part))
+    stats = Described(partial(describe_plain, block=(1, 2 * tile.block_m)))
+    sums = Described(partial(describe_plain, block=(min(64, tile.block_m * columns // 128), 64)))
+    by_column = by_row = None
+    if sizes.band is None:
+        by_column = ((TENSOR,) * 4) + sizes.list_strides(num_tiles_k)
+        by_row = ((TENSOR,) * 2) + sizes.list_strides(num_tiles_q)
+    num_pairs = sizes.num_kv_heads * sizes.batch
+    arguments = (
+        rows, keys, keys, rows, stats, sums, keys, keys, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR,
+        by_column, by_row, sizes.band or (None, None), (sizes.softmax_scale, sizes.softcap),
+        num_tiles_k, num_pairs, *sizes.groups(num_programs), sizes.num_kv_heads, sizes.max_seqlen_q,
+        sizes.max_seqlen_k, sizes.num_blocks, sizes.num_heads // sizes.num_kv_heads,
+    )  # fmt: skip
+    options = {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "AHEAD": tile.ahead,
+        "MASKED": sizes.is_masked,
+        "ORDER": tile.order,
+        "ORDERED": sizes.deterministic,
+        "num_warps": 4,
+    }
+    return Launch(attention_backward, (min(num_tiles_k * num_pairs, num_programs),), arguments, options)
+
+
+@lru_cache(maxsize=_MOST_PLANS)
+def plan_after(sizes: Sizes, dq_strides: tuple[int, int, int]) -> Launch:
+    """Launch of dq_sum, turns, dq, cu_seqlens_q."""
+    num_tiles, block_m, columns = sizes.num_tiles[0], sizes.tile.block_m, sizes.columns
+    pieces = max(2, block_m * columns // 4096)
+    numbers = (sizes.softmax_scale, num_tiles, sizes.num_heads, sizes.max_seqlen_q, sizes.num_blocks)
+    options = {"HEAD_DIM": sizes.head_dim, "BLOCK_D": columns, "BLOCK_M": block_m, "num_warps": 4}
+    grid = (pieces * num_tiles * sizes.num_heads * sizes.batch,)
+    return Launch(backward_after, grid, ((TENSOR,) * 4 + (dq_strides, *numbers)), options)
 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> Gradients:
     """Gradients, as `call.py` says; dk and dv are the same in every run, dq is if the call is deterministic."""
-    plan = Plan.of(q, k, v, call)
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     dout = dout if _is_loadable(dout) else dout.contiguous()
-    space = Workspace.make(plan, q.device, is_read=call.sinks is not None)
-    _before(dout, dlse, out, lse, space, plan, call)
-    _main((q, k, v, dout), (dk, dv), space, plan, call)
-    _after(dq, space, plan, call)
-    return Gradients(dq, dk, dv, _dsinks(space, plan, call))
-
-
-def _before(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, space: Workspace, plan: Plan, call: Call
-) -> None:
-    backward_before[(plan.num_tiles_q * plan.num_heads * plan.batch,)](
-        out, dout, lse, dlse, space.stats, space.turns, space.counter, call.cu_seqlens_q,
-        _strides(out), _strides(dout), _row_strides(lse), None if dlse is None else _row_strides(dlse),
-        plan.num_tiles_q, plan.num_heads, call.max_seqlen_q, plan.num_blocks,
-        HEAD_DIM_V=out.shape[-1], BLOCK_DV=plan.columns, BLOCK_M=plan.tile.block_m, num_warps=4,
+    sizes = Sizes.of(q, k, v, (dout, out, lse, dlse), call)
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    space = Workspace.make(sizes, q.device, is_read=call.sinks is not None)
+    lists, key_range = _visits(sizes, call, q.device)
+    plan_before(sizes)(out, dout, lse, dlse, space.stats, space.turns, space.counter, call.cu_seqlens_q)
+    plan_main(sizes, num_multiprocessors(q.device))(
+        q, k, v, dout, space.stats, space.dq_sum, dk, dv, space.turns, space.counter,
+        call.cu_seqlens_q, call.cu_seqlens_k, key_range, *lists,
     )  # fmt: skip
+    plan_after(sizes, _strides(dq))(space.dq_sum, space.turns, dq, call.cu_seqlens_q)
+    return Gradients(dq, dk, dv, _dsinks(space, sizes, call))
 
 
-def _main(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor], space: Workspace, plan: Plan, call: Call) -> None:
-    q, k, v, dout = inputs
-    tile, columns = plan.tile, plan.columns
-    part = [64, columns] if tile.block_n == 128 else [64, columns // 2]  # of K and V, loaded at a time
-    piece = [min(64, tile.block_m * columns // 128), 64]  # of dQ, staged by a warpgroup at a time
-    lists, rows, band, key_range = _visits(call, plan, q.device)
-    attention_backward[(min(plan.num_tiles_k * plan.num_pairs, num_multiprocessors(q.device)),)](
-        rows_descriptor(q, tile.block_m, columns), rows_descriptor(k, *part), rows_descriptor(v, *part),
-        rows_descriptor(dout, tile.block_m, columns),
-        TensorDescriptor.from_tensor(space.stats, [1, 2 * tile.block_m], _PLAIN),
-        TensorDescriptor.from_tensor(space.dq_sum, piece, _PLAIN),
-        rows_descriptor(outputs[0], *part), rows_descriptor(outputs[1], *part),
-        space.turns, space.counter, call.cu_seqlens_q, call.cu_seqlens_k, key_range, lists, rows, band,
-        (call.softmax_scale, call.softcap or None),
-        plan.num_tiles_k, plan.num_pairs, plan.pairs_at_once(call), plan.num_kv_heads,
-        call.max_seqlen_q, call.max_seqlen_k, plan.num_blocks,
-        GROUP_SIZE=plan.group_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, AHEAD=tile.ahead,
-        MASKED=plan.is_masked, ORDER=tile.order, ORDERED=call.deterministic, num_warps=4,
-    )  # fmt: skip
-
-
-def _after(dq: Tensor, space: Workspace, plan: Plan, call: Call) -> None:
-    pieces = max(2, plan.tile.block_m * plan.columns // 4096)
-    backward_after[(pieces * plan.num_tiles_q * plan.num_heads * plan.batch,)](
-        space.dq_sum, space.turns, dq, call.cu_seqlens_q, _strides(dq), call.softmax_scale,
-        plan.num_tiles_q, plan.num_heads, call.max_seqlen_q, plan.num_blocks,
-        HEAD_DIM=dq.shape[-1], BLOCK_D=plan.columns, BLOCK_M=plan.tile.block_m, num_warps=4,
-    )  # fmt: skip
-
-
-def _visits(call: Call, plan: Plan, device: torch.device) -> tuple[Any, Any, tuple[Any, ...], Tensor | None]:
-    """(lists along columns of tiles, along rows, (left, right) of a band, real keys); None for what there is not."""
+def _visits(sizes: Sizes, call: Call, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """(lists along columns of tiles and along rows, real keys of each sequence), as far as the mask has them."""
     band = as_band(call.mask)
     if band is not None:
-        padding = None if band.padding is None else band.padding.key_range(call.max_seqlen_k, device)
-        return None, None, (band.left, band.right), padding
-    lengths = (call.max_seqlen_q, call.max_seqlen_k, plan.tile.block_m, plan.tile.block_n)
-    lists = tile_lists(call.mask, plan.batch, plan.num_heads, *lengths, device)
-    columns = (lists.col_ptr, lists.col_index, lists.col_bits, lists.bits, *_list_strides(lists, lists.num_cols))
-    rows = (lists.row_ptr, lists.row_index, *_list_strides(lists, lists.num_rows))
-    return columns, rows, (None, None), None
+        return (), None if band.padding is None else band.padding.key_range(call.max_seqlen_k, device)
+    lengths = (call.max_seqlen_q, call.max_seqlen_k, sizes.tile.block_m, sizes.tile.block_n)
+    lists = tile_lists(call.mask, sizes.batch, sizes.num_heads, *lengths, device)
+    return (lists.col_ptr, lists.col_index, lists.col_bits, lists.bits, lists.row_ptr, lists.row_index), None
 
 
-def _list_strides(lists: TileLists, lines: int) -> tuple[int, int]:
-    """(batch, head) strides, in rows or columns of tiles; 0 where all share one."""
-    return lines * lists.heads if lists.batch > 1 else 0, lines if lists.heads > 1 else 0
-
-
-@lru_cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Programs of a persistent kernel."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def rows_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def describe_rows(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """TMA descriptor of `tensor` for boxes of `rows` rows of one head and `columns` dims, zeros beyond its own.
 
     Dense: (batch, heads, rows, dims). Packed: five dimensions, so that the hardware knows where a sequence ends
@@ -209,6 +273,11 @@ def rows_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor
         return TensorDescriptor(tensor, sizes, strides, [1, 1, 1, rows, columns], gl.NVMMASharedLayout(128, 16, 5))
     sizes, strides = [tensor.shape[0], heads, tensor.shape[1], dims], [_aligned(tensor, 0), head, row, 1]
     return TensorDescriptor(tensor, sizes, strides, [1, 1, rows, columns], gl.NVMMASharedLayout(128, 16, 4))
+
+
+def describe_plain(tensor: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """TMA descriptor of a float32 matrix for boxes that lie in shared memory row by row."""
+    return TensorDescriptor.from_tensor(tensor, list(block), gl.NVMMASharedLayout(0, 32, 2))
 
 
 def _aligned(tensor: Tensor, dim: int) -> int:
@@ -226,20 +295,23 @@ def _is_loadable(tensor: Tensor) -> bool:
     )
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
+def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
     """(batch, row, head) strides; packed tensors have no batch."""
+    assert tensor is not None
     return (0 if tensor.ndim == 3 else tensor.stride(0)), tensor.stride(-3), tensor.stride(-2)
 
 
-def _row_strides(statistic: Tensor) -> tuple[int, int, int]:
+def _row_strides(statistic: Tensor | None) -> tuple[int, int, int] | None:
     """(batch, row, head) strides of lse or dlse."""
+    if statistic is None:
+        return None
     return (0 if statistic.ndim == 2 else statistic.stride(0)), statistic.stride(-1), statistic.stride(-2)
 
 
-def _dsinks(space: Workspace, plan: Plan, call: Call) -> Tensor | None:
+def _dsinks(space: Workspace, sizes: Sizes, call: Call) -> Tensor | None:
     """The sink is one more key whose value is zero: ds = p * (0 - delta), summed over the rows of a head."""
     if call.sinks is None:
         return None
-    lse, delta = space.stats.view(plan.num_heads, -1, 2, plan.tile.block_m).unbind(2)
+    lse, delta = space.stats.view(sizes.num_heads, -1, 2, sizes.tile.block_m).unbind(2)
     share = torch.exp2(call.sinks[:, None, None] * math.log2(math.e) - lse)
     return -(share * delta).sum((1, 2))

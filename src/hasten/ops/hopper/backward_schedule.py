@@ -1,7 +1,7 @@
 """Which tile of keys a program of the backward works on next, and how its partitions learn of it.
 
-An item is one tile of keys of one K/V head of one sequence. As many pairs of sequence and head as fit the L2 cache
-are worked on together, the first tiles of all of them first: under a causal mask those are the longest.
+An item is one tile of keys of one K/V head of one sequence. A group of pairs of sequence and head is worked on
+together, the first tiles of all of them first, which under a causal mask are the longest; one last group has the rest.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from hasten.ops.hopper.visits import key_bounds, sequence
 def find(item, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """(rows of q, rows of k, (sequence, tile), K/V head, real keys, (first block of rows, blocks a head)) of an item.
 
-    problem: (cu_seqlens_q, cu_seqlens_k, key range, lists, band, (tiles, pairs, pairs at once, K/V heads),
+    problem: (cu_seqlens_q, cu_seqlens_k, key range, lists, band, (tiles, pairs, pairs of a group, groups, K/V heads),
     (seqlen_q, seqlen_k), blocks of rows a head, lists along rows). Rows: (batch, first row, length).
     """
     cu_seqlens_q, cu_seqlens_k, key_range, _lists, _band, order, lengths, num_blocks, _rows = problem
-    num_tiles, num_pairs, pairs_at_once, num_kv_heads = order
-    first_pair = item // (pairs_at_once * num_tiles) * pairs_at_once
-    inside = item % (pairs_at_once * num_tiles)
-    pairs = gl.minimum(pairs_at_once, num_pairs - first_pair)
+    num_tiles, num_pairs, pairs_of_group, num_groups, num_kv_heads = order
+    group = gl.minimum(item // (pairs_of_group * num_tiles), num_groups)
+    first_pair = group * pairs_of_group
+    pairs = gl.maximum(gl.where(group < num_groups, pairs_of_group, num_pairs - first_pair), 1)
+    inside = item - first_pair * num_tiles
     tile, pair = inside // pairs, first_pair + inside % pairs
     number, kv_head = pair // num_kv_heads, pair % num_kv_heads
     at_q = sequence(cu_seqlens_q, number, lengths[0])

@@ -42,7 +42,7 @@ from hasten.ops.hopper.cells import accumulator
 @gluon.jit
 def load_wide(
     descriptors, buffers, barriers, slots, problem, counter,
-    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ORDERED: gl.constexpr,
+    group_size, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """One warp: of every item K and V by halves of head_dim, then Q and row statistics into two slots, dO into one."""
     q_desc, k_desc, v_desc, dout_desc, stats_desc = descriptors
@@ -56,8 +56,8 @@ def load_wide(
         n0 = place[1] * BLOCK_N
         if n0 < at_k[2]:
             begin = count
-            for member in range(GROUP_SIZE):
-                head = kv_head * GROUP_SIZE + member
+            for member in range(group_size):
+                head = kv_head * group_size + member
                 visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
                 for step in range(visits[1] + visits[5]):
                     _, block, _ = block_of(problem[3], visits, step, ORDERED)
@@ -93,7 +93,7 @@ def load_wide(
 
 @gluon.jit
 def consume_wide(
-    job, at_k, walk, tiles, count, W: gl.constexpr, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr,
+    job, at_k, walk, tiles, count, W: gl.constexpr, group_size, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, MASKED: gl.constexpr, HIDDEN_KEYS: gl.constexpr, ORDER: gl.constexpr,
     ORDERED: gl.constexpr,
 ):  # fmt: skip
@@ -121,8 +121,8 @@ def consume_wide(
     if HIDDEN_KEYS:
         hide_keys(k_buf.index(W).reshape([BLOCK_N, HALF]), v_buf.index(W).reshape([BLOCK_N, HALF]), n0, bounds, BLOCK_N)
         bridge.barrier_sync(BOTH, 2 * WARPGROUP)
-    for member in range(GROUP_SIZE):
-        head = kv_head * GROUP_SIZE + member
+    for member in range(group_size):
+        head = kv_head * group_size + member
         visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
         for step in range(visits[1] + visits[5]):
             entry, block, is_partial = block_of(lists, visits, step, ORDERED)
