@@ -86,8 +86,8 @@ class Rows:
         at = np.arange(self.seqlen)
         starts = np.where(begins[:, :-1], at, 0)
         positions = at - np.maximum.accumulate(starts, axis=1)
-        made = (torch.from_numpy(np.ascontiguousarray(one)) for one in (ids[:, :-1], positions, labels))
-        return Batch(*made, num_labels=int((labels != IGNORED).sum()))
+        inputs, places, targets = (torch.from_numpy(np.array(one)) for one in (ids[:, :-1], positions, labels))
+        return Batch(inputs, places, targets, int((labels != IGNORED).sum()))
 
     def _turn_to(self, epoch: int) -> None:
         if epoch == self._epoch:
@@ -156,7 +156,7 @@ def batches(rows: Rows, plan: Plan, rows_taken: int, steps: int, device: torch.d
 
     wanted = (
         plan.indices(rows_taken + number * plan.batch, micro)
-        for step in range(steps)
+        for number in range(steps)
         for micro in range(plan.micro_steps)
     )
     pending: deque[Future[Batch]] = deque()
