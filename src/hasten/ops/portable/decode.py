@@ -74,16 +74,17 @@ def key_places(
             row = row % capacity
         return tl.cast(number, tl.int64), row.to(tl.int64)
     else:
-        page = tl.zeros([BLOCK_N], tl.int64)
+        page = tl.zeros([BLOCK_N], tl.int32)
         for index in tl.static_range((BLOCK_N + PAGE_SIZE - 1) // PAGE_SIZE):
             begin = n0 // PAGE_SIZE * PAGE_SIZE + index * PAGE_SIZE
             is_seen = (begin < high) & (begin + PAGE_SIZE > low)
-            entry = tl.load(table + begin // PAGE_SIZE, mask=is_seen, other=0).to(tl.int64)
+            entry = tl.load(table + begin // PAGE_SIZE, mask=is_seen, other=0)
             if BLOCK_N <= PAGE_SIZE:
                 page = entry
             else:
                 page = tl.where(columns // PAGE_SIZE == index, entry, page)
-        return page, ((n0 + columns) % PAGE_SIZE).to(tl.int64)
+        row = (n0 + columns) % PAGE_SIZE
+        return page.to(tl.int64), row.to(tl.int64)
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def _key_tile(state, q, k, v, k_scale, v_scale, keep, slope, positions, keys, te
 def _visit(
     state, q, cache, strides, place, rows, terms, n0, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, RING: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, RING: tl.constexpr, ALIKE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state after keys [n0, n0 + BLOCK_N); with MASKED those of them in [low, high) that a row may see.
 
@@ -137,8 +138,11 @@ def _visit(
     keys = n0 + columns
     low, high = place[2], place[3]
     page, row = key_places(cache[4], place[0], n0, columns, low, high, place[1], PAGE_SIZE, RING, BLOCK_N)
-    k_ptrs = cache[0] + (page * strides[0][0] + row * strides[0][1])[:, None] + dims[None, :]
-    v_ptrs = cache[1] + (page * strides[1][0] + row * strides[1][1])[:, None] + dims_v[None, :]
+    k_at = page * strides[0][0] + row * strides[0][1]
+    v_at = k_at
+    if not ALIKE:
+        v_at = page * strides[1][0] + row * strides[1][1]
+    k_ptrs, v_ptrs = cache[0] + k_at[:, None] + dims[None, :], cache[1] + v_at[:, None] + dims_v[None, :]
     keep, k_scale, v_scale = None, None, None
     if MASKED:
         seen = (keys >= low) & (keys < high)
@@ -175,14 +179,14 @@ def decode_part(
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
     PAGE_SIZE: tl.constexpr, RING: tl.constexpr, SHARED: tl.constexpr, DIRECT: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    ALIKE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys for BLOCK_M rows: its state into acc, max, sum, or out and lse if DIRECT.
 
     UNITS: 1 or GROUP units a part, 0: all keys in one part, which is no tree but one online softmax, as are the parts
     of a SHARED prefix. acc: float32 (tokens,
     num_heads, part_stride, HEAD_DIM_V), max and sum (tokens, num_heads, part_stride), parts from first_part on.
-    OVERLAP: whether the next kernel is `decode_merge`.
+    ALIKE: whether keys and values have the same strides. OVERLAP: whether the next kernel is `decode_merge`.
     terms: (scale, softcap); band: (left, right). Strides in elements: (batch or page, row, head).
     """
     NESTED: tl.constexpr = UNITS > 1 and not SHARED
@@ -233,7 +237,7 @@ def decode_part(
             for step in range(full_low, full_high):
                 state = _visit(
                     state, q, cache, strides, place, rows, terms, step * BLOCK_N, False, HEAD_DIM, HEAD_DIM_V,
-                    BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE, RING, PRECISION,
+                    BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE, RING, ALIKE, PRECISION,
                 )  # fmt: skip
         num_left = full_low - tile_low
         for index in range(0, num_left + tile_high - full_high):
@@ -242,7 +246,7 @@ def decode_part(
                 group, state = _next_unit(group, state, step % (UNIT // BLOCK_N) == 0)
             state = _visit(
                 state, q, cache, strides, place, rows, terms, step * BLOCK_N, True, HEAD_DIM, HEAD_DIM_V,
-                BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE, RING, PRECISION,
+                BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE, RING, ALIKE, PRECISION,
             )  # fmt: skip
         if NESTED:
             state = joined(group, state)

@@ -109,7 +109,10 @@ def tile_for(element_size: int, block_d: int, block_m: int, is_split: bool, gpu:
     has_room = generation != "ampere" and block_d <= 128  # registers of four warps
     if block_m >= 64 and element_size == 1:  # numbers of 8 bits are widened in registers
         line = replace(line, block_n=32)
-    if block_m >= 32 and (is_split or not has_room):
+    is_medium = is_split and block_m == 32
+    if is_medium and (element_size, block_d) == (2, 128):  # fewer registers than with eight warps: three programs an SM
+        line = replace(line, block_n=32, num_stages=5)
+    elif block_m >= 32 and (is_split or not has_room):
         line = replace(line, num_warps=8)
     while gpu is not None and line.num_stages > 1:
         need = (block_m * 4 + 2 * line.block_n * element_size * line.num_stages) * block_d + 4096
@@ -243,6 +246,7 @@ def _parts(
         BLOCK_N=block.block_n, UNIT=UNIT, UNITS=plan.prefix_units if is_shared else plan.units,
         PAGE_SIZE=keys.page_size if isinstance(keys, PagedKV) else 0, RING=isinstance(keys, RingKV),
         SHARED=is_shared, DIRECT=out is not None, PRECISION="ieee",
+        ALIKE=keys.keys.stride()[:3] == keys.values.stride()[:3],
         OVERLAP=out is None and not is_shared and _overlaps(q.device),
         num_warps=block.num_warps, num_stages=_stages(block, keys),
     )  # fmt: skip
