@@ -32,20 +32,20 @@ def test_equal_heads_in_each_group_convert_with_identical_logits(name, num_kv_he
 @pytest.mark.parametrize("name", NAMES)
 def test_expanding_gives_identical_logits_and_a_strided_grouping_does_not(model_of, name):
     converted = gqa.to_gqa(model_of(name), 2)
-    expanded = gqa.expand(converted)
+    expanded = gqa.to_mha(converted)
     assert type(expanded) is type(model_of(name))
     assert {n: p.shape for n, p in expanded.named_parameters()} == {
         n: p.shape for n, p in model_of(name).named_parameters()
     }
     assert tiny.distance(families.logits(expanded), families.logits(converted)) < TIGHT
-    strided = gqa.expand(converted, is_strided=True)
+    strided = gqa.to_mha(converted, is_strided=True)
     assert tiny.distance(families.logits(strided), families.logits(converted)) > 1e-2
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_multi_query_expands_to_itself(model_of, name):
     converted = gqa.to_gqa(model_of(name), 1)
-    assert tiny.distance(families.logits(gqa.expand(converted)), families.logits(converted)) < TIGHT
+    assert tiny.distance(families.logits(gqa.to_mha(converted)), families.logits(converted)) < TIGHT
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,7 +53,7 @@ def test_multi_query_expands_to_itself(model_of, name):
 def test_better_methods_run_everywhere_and_expand_to_themselves(model_of, name, method, groups):
     calibration = [tiny.tokens(2, 9, seed=4)]
     converted = gqa.to_gqa(model_of(name), 2, method=method, groups=groups, calibration=calibration)
-    assert tiny.distance(families.logits(gqa.expand(converted)), families.logits(converted)) < TIGHT
+    assert tiny.distance(families.logits(gqa.to_mha(converted)), families.logits(converted)) < TIGHT
 
 
 @pytest.mark.parametrize(
@@ -83,20 +83,20 @@ def test_the_result_has_transformers_class_where_there_is_one(model_of, name, co
 def test_every_layer_may_have_its_own_number(model_of, name):
     count = (2, 4, 1) if name == "gemma3" else (2, 1)
     converted = gqa.to_gqa(model_of(name), count)
-    assert tiny.distance(families.logits(gqa.expand(converted)), families.logits(converted)) < TIGHT
+    assert tiny.distance(families.logits(gqa.to_mha(converted)), families.logits(converted)) < TIGHT
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "t5", "bart", "falcon-serial", "falcon-alibi"])
 def test_uneven_groups_are_held_by_carried_classes(model_of, name):
     converted = gqa.to_gqa(model_of(name), 2, method="aligned", groups="uneven")
-    assert tiny.distance(families.logits(gqa.expand(converted)), families.logits(converted)) < TIGHT
+    assert tiny.distance(families.logits(gqa.to_mha(converted)), families.logits(converted)) < TIGHT
 
 
 @pytest.mark.parametrize("name", [*families.CARRIED, "llama"])
 def test_decoding_step_by_step_gives_the_same_tokens_as_the_expanded_model(model_of, name):
     converted = gqa.to_gqa(model_of(name), (2, 1))
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    found, expected = (model.generate(tiny.tokens(2, 7), **options) for model in (converted, gqa.expand(converted)))
+    found, expected = (model.generate(tiny.tokens(2, 7), **options) for model in (converted, gqa.to_mha(converted)))
     assert found.tolist() == expected.tolist()
 
 

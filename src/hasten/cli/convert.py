@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import typer
 
+from hasten.cli import convert_gqa
+
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Turn a checkpoint into one of another architecture."
 )
@@ -18,3 +20,4 @@ def kinds() -> None:
 
 
 # one line a kind: app.command()(convert_<kind>.<kind>)
+app.command()(convert_gqa.gqa)

@@ -1,6 +1,6 @@
 """Multi-head attention into grouped- or multi-query attention, and back: models in, models out.
 
-`to_gqa` and `expand` are the public functions; `convert` also says what happened to every tensor. Where heads lie is
+`to_gqa` and `to_mha` are the public functions; `convert` also says what happened to every tensor. Where heads lie is
 known by `heads`, how they become one by `merge`, which class the result has by `targets`.
 """
 
@@ -60,11 +60,8 @@ def convert(
     seed: int = 0,
 ) -> tuple[Any, Report]:
     """As `to_gqa`: (new model, report of every tensor)."""
-    _expect("method", method, merge.METHODS)
-    _expect("groups", groups, merge.GROUPS)
+    wanted = expect_possible(model, num_kv_heads, method=method, groups=groups)
     sites, state = _sites(model), model.state_dict()
-    _expect_room(model, groups)
-    wanted = _wanted(sites, num_kv_heads, groups)
     moments = {} if calibration is None else second_moments(model, sites, calibration)
     old, new = {}, {}
     for order, site in enumerate(sites):
@@ -84,7 +81,18 @@ def convert(
     return converted, report
 
 
-def expand(model: Any, *, is_strided: bool = False) -> Any:
+def expect_possible(
+    model: Any, num_kv_heads: int | Sequence[int], *, method: str = "mean", groups: str = "contiguous"
+) -> dict[str, int]:
+    """Key/value heads by the path of each layer; raises what `to_gqa` would raise. The model may be on meta."""
+    _expect("method", method, merge.METHODS)
+    _expect("groups", groups, merge.GROUPS)
+    sites = _sites(model)
+    _expect_room(model, groups)
+    return _wanted(sites, num_kv_heads)
+
+
+def to_mha(model: Any, *, is_strided: bool = False) -> Any:
     """A new model with a key/value head for every query head, which computes the same; the given one stays.
 
     Works for any model of a known architecture that has fewer. is_strided: query head i is given head i % G
@@ -124,11 +132,11 @@ def _expect_room(model: Any, groups: str) -> None:
         hint = "its attention needs groups of one size; clustered trades places to get them"
         raise ArgumentError("groups", f"contiguous or clustered for {model.config.model_type}", "'uneven'", hint)
     if getattr(model.config, "kv_index", None):
-        hint = "convert the original model, or expand this one first"
+        hint = "convert the original model, or this one after hasten.convert.to_mha"
         raise ArgumentError("model", "contiguous groups to group further", "uneven or scattered ones", hint)
 
 
-def _wanted(sites: list[Site], num_kv_heads: int | Sequence[int], groups: str) -> dict[str, int]:
+def _wanted(sites: list[Site], num_kv_heads: int | Sequence[int]) -> dict[str, int]:
     """Key/value heads by path; raises ArgumentError for numbers that cannot be."""
     num_layers = len({site.layer for site in sites})
     each = [num_kv_heads] * num_layers if isinstance(num_kv_heads, int) else list(num_kv_heads)
