@@ -7,7 +7,7 @@ exactly the row it stopped at. Called by the loop; reads `train.tokens`, knows n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -144,7 +144,9 @@ class Plan:
         return range(begin, begin + self.micro_batch)
 
 
-def batches(rows: Rows, plan: Plan, rows_taken: int, steps: int, device: torch.device) -> Iterator[list[Batch]]:
+def batches(
+    rows: Rows, plan: Plan, rows_taken: int, steps: int, device: torch.device
+) -> Generator[list[Batch], None, None]:
     """The micro-batches of each of `steps` steps, made by a thread some batches ahead, on `device`."""
 
     def make(indices: range) -> Batch:

@@ -31,12 +31,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the block ends well; if it does not, nothing of it remains."""
+    """A folder to fill, which takes the place of `path` when the block ends well; if not, nothing of it remains."""
     beside = path.with_name(f".{path.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         yield beside
+        remove_folder(path)
         publish(beside, path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -56,7 +57,7 @@ def publish(beside: Path, path: Path) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder so that no part of it can be taken for a whole one."""
     with suppress(FileNotFoundError):
-        gone = path.with_name(f".{path.name}.partial")
+        gone = path.with_name(f".{path.name}.gone.partial")
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -82,7 +83,7 @@ def sync_folder(folder: Path) -> None:
 def is_full(error: BaseException) -> bool:
     """Tell whether writing failed for want of room, also where a library wrapped the error."""
     text = str(error).lower()
-    is_wrapped = any(word in text for word in ("no space left", "os error 28", "quota exceeded", "file too large"))
+    is_wrapped = any(f"{word} {number}" in text for number in _FULL for word in ("[errno", "os error"))
     return (isinstance(error, OSError) and error.errno in _FULL) or is_wrapped
 
 

@@ -32,13 +32,16 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"
 class Loaded:
     """A model in float32 on the CPU, in training mode, its tokenizer if there is one, and how it attends.
 
-    identity: a digest of its configuration, equal for the same architecture and sizes.
+    identity: a digest of its configuration, equal for the same architecture and sizes. folder: where it came from.
+    dtype: of the checkpoint, float32 for a model begun from random weights.
     """
 
     model: Any
     tokenizer: Any
     attention: str
     identity: str
+    folder: Path
+    dtype: torch.dtype
 
 
 def load(name: str, *, tokenizer: str | None = None, attention: str = "hasten", seed: int = 0) -> Loaded:
@@ -52,6 +55,7 @@ def load(name: str, *, tokenizer: str | None = None, attention: str = "hasten", 
     folder = path.parent if path.is_file() else path
     config = _config(path)
     torch.manual_seed(seed)
+    stored = config.dtype if isinstance(getattr(config, "dtype", None), torch.dtype) else torch.float32
     own = attention if attention != "hasten" else "sdpa"
     has_weights = path.is_dir() and any(folder.glob("*.safetensors"))
     try:
@@ -62,6 +66,7 @@ def load(name: str, *, tokenizer: str | None = None, attention: str = "hasten", 
             )
             _check_whole(folder, report["missing_keys"])
         else:
+            stored = torch.float32
             model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=own, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         problem = f"cannot be trained as a causal language model: {_first_line(error)}"
@@ -71,9 +76,8 @@ def load(name: str, *, tokenizer: str | None = None, attention: str = "hasten", 
             accelerate(model)
         except ArgumentError as error:  # its attention layers cannot be reached; it trains all the same
             attention = f"its own ({error})"
-    model.config.use_cache = False
     digest = hashlib.sha256(json.dumps(_sizes(config), sort_keys=True).encode()).hexdigest()[:16]
-    return Loaded(model.train(), _tokenizer(tokenizer, folder), attention, digest)
+    return Loaded(model.train(), _tokenizer(tokenizer, folder), attention, digest, folder, stored)
 
 
 class LanguageModel(nn.Module):

@@ -17,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Weights:
-    """The weights that are trained, by name: the model's own, or float32 masters of a model in bfloat16."""
+    """The weights that are trained, by name: the model's own, or float32 masters of a model that becomes bfloat16."""
 
     def __init__(self, model: nn.Module, *, with_masters: bool) -> None:
         self.used: dict[str, Tensor] = {name: one for name, one in model.named_parameters() if one.requires_grad}
@@ -25,6 +25,8 @@ class Weights:
         self.trained = self.used
         if with_masters:
             self.trained = {name: one.detach().float().clone() for name, one in self.used.items()}
+            for one in model.parameters():
+                one.data = one.data.bfloat16()
 
     def collect(self) -> None:
         """Add the gradients of a micro-batch to those of the step; only masters need it, and sum in float32."""
