@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import hasten
 from hasten.convert import gqa, merge
 from hasten.errors import ArgumentError, ArgumentTypeError
 from tests.convert import families
@@ -107,6 +108,26 @@ def test_carried_classes_attend_alike_by_every_implementation(model_of, name, im
     before = families.logits(converted)
     converted.set_attn_implementation(implementation)
     assert tiny.distance(families.logits(converted), before) < TIGHT
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [(name, "contiguous") for name in ("t5", "bart", "gpt2", "gpt_neox", "llama", "phi3")]
+    + [(name, "uneven") for name in ("t5", "bart", "gpt2", "gpt_neox")],
+)
+def test_hasten_serves_the_attention_of_carried_classes(model_of, name, groups):
+    converted = gqa.to_gqa(model_of(name), (2, 1), groups=groups)
+    before = families.logits(converted)
+    hasten.accelerate(converted, implementation="reference")
+    assert tiny.distance(families.logits(converted), before) < TIGHT
+
+
+def test_a_static_cache_is_made_from_the_keys_themselves(model_of):
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    for name in ("t5", "gpt2", "llama"):
+        converted = gqa.to_gqa(model_of(name), (2, 1))
+        found = converted.generate(tiny.tokens(2, 7), cache_implementation="static", **options)
+        assert found.tolist() == converted.generate(tiny.tokens(2, 7), **options).tolist()
 
 
 def test_the_cache_of_a_carried_model_holds_only_its_own_heads(model_of):

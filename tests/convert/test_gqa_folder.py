@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from hasten.convert import gqa_folder, source
+from hasten.convert import gqa, gqa_folder, source
 from hasten.convert.report import FILE, Check
 from hasten.errors import ArgumentError, CheckpointError
 from tests.convert import families
@@ -149,6 +149,26 @@ def test_a_failed_check_leaves_nothing_and_what_stood_there_stays(llama, tmp_pat
     assert left(tmp_path) == ["llama", "out"]
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(llama, tmp_path, monkeypatch):
+    def fail(self, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", fail)
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left on device; make room"):
+        gqa_folder.convert_folder(llama, tmp_path / "out", 2)
+    assert left(tmp_path) == ["llama"]
+
+
+def test_saving_a_carried_model_anywhere_brings_its_code(tmp_path):
+    gqa.to_gqa(families.build("t5"), 2).save_pretrained(tmp_path / "later")
+    assert {"t5_gqa.py", "grouped.py"} <= set(left(tmp_path / "later"))
+    config = json.loads((tmp_path / "later" / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForSeq2SeqLM"] == "t5_gqa.T5GQAForConditionalGeneration"
+    gqa.to_mha(source.load_model(tmp_path / "later")).save_pretrained(tmp_path / "back")
+    assert "auto_map" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
 def test_an_existing_folder_is_kept_unless_told(llama, tmp_path):
     gqa_folder.convert_folder(llama, tmp_path / "out", 2)
     with pytest.raises(ArgumentError, match="a folder that does not exist yet"):
@@ -164,8 +184,6 @@ def test_what_cannot_be_is_refused_before_weights_are_read(llama, tmp_path, monk
 
 
 def test_checks_see_a_wrong_grouping(monkeypatch):
-    from hasten.convert import gqa
-
     model = gqa.to_gqa(families.build("llama"), 2)
     strided = gqa.to_mha(model, is_strided=True)
     monkeypatch.setattr(gqa_folder, "to_mha", lambda model, is_strided=False: strided)
@@ -175,6 +193,12 @@ def test_checks_see_a_wrong_grouping(monkeypatch):
 def test_incomplete_sources_are_refused(llama, tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         source.load_config(tmp_path / "nowhere")
+    config = json.loads((llama / "config.json").read_text())
+    quantised = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (llama / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(CheckpointError, match="quantised"):
+        source.load_config(llama)
+    (llama / "config.json").write_text(json.dumps(config))
     weights = llama / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])

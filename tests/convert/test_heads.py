@@ -53,5 +53,10 @@ def test_models_without_cached_attention_are_refused():
         from transformers import T5EncoderModel
 
         heads.sites(T5EncoderModel(families.build("t5").config))
+    with pytest.raises(ArgumentError, match="multi_query=False"):
+        from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+        options = {"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 67, "multi_query": False}
+        heads.sites(GPTBigCodeForCausalLM(GPTBigCodeConfig(**options)))
     with pytest.raises(ArgumentError, match="add_cross_attention=True"):
         heads.sites(families.build("gpt2", add_cross_attention=True))

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from hasten.convert import carried, source
+from hasten.convert import source
 from hasten.convert.gqa import convert, expect_possible, to_gqa, to_mha
-from hasten.convert.heads import CARRIED_SUFFIX, sites
+from hasten.convert.heads import sites
 from hasten.convert.report import FILE, Check, Report, expect_free, writing
-from hasten.convert.targets import base_type
-from hasten.errors import ArgumentError
+from hasten.errors import ArgumentError, CheckpointError
 
 CROP, MAX_CROPS = 512, 64
 CHECK_TOKENS = (2, 24)
@@ -42,7 +41,7 @@ def convert_folder(
     loaded again and checked before the folder gets its name; after an error or an interruption there is none.
     progress is told each stage before it begins.
 
-    Raises ArgumentError, or CheckpointError if the source is incomplete or a check fails.
+    Raises ArgumentError, or CheckpointError if the source is incomplete, the disk full, or a check fails.
     """
     expect_free(out, overwrite=overwrite)
     expect_possible(source.load_shapes(path), num_kv_heads, method=method, groups=groups)  # before gigabytes are read
@@ -55,10 +54,12 @@ def convert_folder(
     del model
     with writing(out, overwrite=overwrite) as folder:
         progress("writing")
-        converted.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        _bring_code(converted.config, folder)
+        try:
+            converted.save_pretrained(folder)  # with the code of a carried class
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(out, f"cannot be written: {error}", "make room, or choose another disk") from error
         progress("loading what was written, and checking it")
         kind = type(converted)
         del converted
@@ -66,15 +67,6 @@ def convert_folder(
         report.expect_passed()
         (folder / FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     return report
-
-
-def _bring_code(config: Any, folder: Path) -> None:
-    """Copy the module of a carried class into the folder, with the one it imports."""
-    if not str(config.model_type).endswith(CARRIED_SUFFIX):
-        return
-    home = Path(carried.__file__).parent
-    for name in (carried.FILES[base_type(config)], carried.SHARED):
-        shutil.copyfile(home / f"{name}.py", folder / f"{name}.py")
 
 
 def read_crops(files: list[str | Path], tokenizer: Any) -> list[Tensor]:

@@ -156,6 +156,9 @@ def sites(model: Any) -> list[Site]:
     if getattr(config, "add_cross_attention", False):
         hint = "convert the model without cross-attention"
         raise ArgumentError("model", f"{config.model_type} without cross-attention", "add_cross_attention=True", hint)
+    if config.model_type == "gpt_bigcode" and not config.multi_query:
+        hint = "its heads are interleaved in another way, which is not written down in hasten.convert.heads"
+        raise ArgumentError("model", "a gpt_bigcode with multi_query=True", "multi_query=False", hint)
     found = [(name, re.search(layout.sites, name)) for name, _ in model.named_modules()]
     listed = [_site(model, layout, name, int(match[1])) for name, match in found if match]
     if not listed:

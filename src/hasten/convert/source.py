@@ -27,10 +27,13 @@ def load_config(path: str | Path) -> Any:
         raise CheckpointError(folder, problem, "give a local Hugging Face checkpoint; nothing is downloaded")
     carried.register()
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
         hint = "transformers must know its architecture; a checkpoint's code is not run"
         raise CheckpointError(folder, f"config.json cannot be read: {_first_line(error)}", hint) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(folder, "its weights are quantised", "convert the original, then quantise the result")
+    return config
 
 
 def load_shapes(path: str | Path) -> Any:

@@ -135,8 +135,6 @@ def _carried(model: Any, name: str, kv_heads: Mapping[str, int], kv_index: Mappi
         raise ArgumentError("model", f"a {base.__name__}, whose result has a class", type(model).__name__, hint)
     config = _config(config_kind, model.config, ("kv_heads", "kv_index"))
     config.kv_heads, config.kv_index = dict(kv_heads), dict(kv_index)
-    module = carried.FILES[name]
-    config.auto_map = {"AutoConfig": f"{module}.{config_kind.__name__}", auto: f"{module}.{kind.__name__}"}
     return Target(kind, config, layout_of(config), auto)
 
 

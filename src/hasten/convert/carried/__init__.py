@@ -18,7 +18,6 @@ FILES = {
     "falcon": "falcon_gqa",
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"), "layers_gqa"),
 }
-SHARED = "grouped"  # imported by every file
 
 
 def load(base_model_type: str) -> tuple[Any, Any, str]:

@@ -17,6 +17,7 @@ class BartGQAConfig(GroupedConfig, BartConfig):
     """BartConfig with `kv_heads` and `kv_index`."""
 
     model_type = "bart_gqa"
+    _auto_class = "AutoConfig"  # save_pretrained writes this file beside it
 
 
 class BartGQAAttention(BartAttention):
@@ -60,6 +61,7 @@ class BartGQAForConditionalGeneration(BartForConditionalGeneration):
     """BartForConditionalGeneration with the layers that `config.kv_heads` names narrowed."""
 
     config_class = BartGQAConfig
+    _auto_class = "AutoModelForSeq2SeqLM"
     _get_static_cache_init_shape = no_static_shape
 
     def __init__(self, config: Any) -> None:

@@ -17,6 +17,7 @@ class FalconGQAConfig(GroupedConfig, FalconConfig):
     """FalconConfig with `kv_heads` and `kv_index`."""
 
     model_type = "falcon_gqa"
+    _auto_class = "AutoConfig"  # save_pretrained writes this file beside it
 
 
 class FalconGQAAttention(FalconAttention):
@@ -47,6 +48,7 @@ class FalconGQAForCausalLM(FalconForCausalLM):
     """FalconForCausalLM with the layers that `config.kv_heads` names narrowed."""
 
     config_class = FalconGQAConfig
+    _auto_class = "AutoModelForCausalLM"
     _get_static_cache_init_shape = no_static_shape
 
     def __init__(self, config: Any) -> None:

@@ -17,6 +17,7 @@ class GPT2GQAConfig(GroupedConfig, GPT2Config):
     """GPT2Config with `kv_heads` and `kv_index`."""
 
     model_type = "gpt2_gqa"
+    _auto_class = "AutoConfig"  # save_pretrained writes this file beside it
 
 
 class GPT2GQAAttention(GPT2Attention):
@@ -42,6 +43,7 @@ class GPT2GQALMHeadModel(GPT2LMHeadModel):
     """GPT2LMHeadModel with the layers that `config.kv_heads` names narrowed."""
 
     config_class = GPT2GQAConfig
+    _auto_class = "AutoModelForCausalLM"
     _get_static_cache_init_shape = no_static_shape
 
     def __init__(self, config: Any) -> None:

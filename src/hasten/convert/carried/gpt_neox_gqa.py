@@ -17,6 +17,7 @@ class GPTNeoXGQAConfig(GroupedConfig, GPTNeoXConfig):
     """GPTNeoXConfig with `kv_heads` and `kv_index`."""
 
     model_type = "gpt_neox_gqa"
+    _auto_class = "AutoConfig"  # save_pretrained writes this file beside it
 
 
 class GPTNeoXGQAAttention(GPTNeoXAttention):
@@ -45,6 +46,7 @@ class GPTNeoXGQAForCausalLM(GPTNeoXForCausalLM):
     """GPTNeoXForCausalLM with the layers that `config.kv_heads` names narrowed."""
 
     config_class = GPTNeoXGQAConfig
+    _auto_class = "AutoModelForCausalLM"
     _get_static_cache_init_shape = no_static_shape
 
     def __init__(self, config: Any) -> None:

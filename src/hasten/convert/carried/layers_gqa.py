@@ -29,7 +29,7 @@ def _classes(model_type: str, config_name: str, model_name: str, names: tuple[st
     """(configuration, model, Auto class) of one architecture, made from transformers' own two."""
     base: Any = getattr(transformers, model_name)
     parents = (GroupedConfig, getattr(transformers, config_name))
-    body = {"__module__": __name__, "model_type": f"{model_type}_gqa"}
+    body = {"__module__": __name__, "model_type": f"{model_type}_gqa", "_auto_class": "AutoConfig"}
     config = type(config_name.replace("Config", "GQAConfig"), parents, body)
 
     def __init__(self: Any, config: Any) -> None:
@@ -40,6 +40,7 @@ def _classes(model_type: str, config_name: str, model_name: str, names: tuple[st
         "__module__": __name__,
         "__init__": __init__,
         "config_class": config,
+        "_auto_class": "AutoModelForCausalLM",
         "_get_static_cache_init_shape": no_static_shape,
     }
     return config, type(model_name.replace("For", "GQAFor"), (base,), methods), "AutoModelForCausalLM"

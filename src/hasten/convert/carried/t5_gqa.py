@@ -18,6 +18,7 @@ class T5GQAConfig(GroupedConfig, T5Config):
     """T5Config with `kv_heads` and `kv_index`."""
 
     model_type = "t5_gqa"
+    _auto_class = "AutoConfig"  # save_pretrained writes this file beside it
 
 
 class T5GQAAttention(T5Attention):
@@ -76,6 +77,7 @@ class T5GQAForConditionalGeneration(T5ForConditionalGeneration):
     """T5ForConditionalGeneration with the layers that `config.kv_heads` names narrowed."""
 
     config_class = T5GQAConfig
+    _auto_class = "AutoModelForSeq2SeqLM"
     _get_static_cache_init_shape = no_static_shape
 
     def __init__(self, config: Any) -> None:
