@@ -5,7 +5,9 @@
 
 from hasten.models.accelerate import accelerate, attention_layers
 from hasten.models.interface import register
+from hasten.models.longformer import LongformerSelfAttention
+from hasten.models.tokens import Tokens, read_tokens
 
-__all__ = ["accelerate", "attention_layers", "register"]
+__all__ = ["LongformerSelfAttention", "Tokens", "accelerate", "attention_layers", "read_tokens", "register"]
 
 register()

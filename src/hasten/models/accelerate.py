@@ -13,21 +13,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hasten.errors import ArgumentError, ArgumentTypeError
+from hasten.models import adapters
 from hasten.models.interface import name_of, register
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 #: Architectures whose logits, gradients and tokens are tested against `eager`.
-TESTED = "Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, GPT-2, GPT-NeoX, GPT-OSS, Phi, Phi-3, BERT, RoBERTa, T5, BART"
+TESTED = (
+    "Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, GPT-2, GPT-NeoX, GPT-OSS, Phi, Phi-3, "
+    "BERT, RoBERTa, Longformer, T5, BART, LED"
+)
 
 
-def accelerate(model: ModelT, *, implementation: str | None = None) -> ModelT:
+def accelerate(model: ModelT, *, implementation: str | None = None, global_capacity: int | None = None) -> ModelT:
     """Serve the attention of a transformers model by `hasten.attention`, in place; returns the model.
 
-    Works for every model whose attention layers call transformers' `AttentionInterface`, alone or inside a
-    wrapper (PEFT, FSDP); `attention_layers(model)` lists them. The same model, not a copy: weights, hooks and
-    configuration stay, logits and gradients are those of `eager` to rounding, and what `save_pretrained`
-    writes loads without hasten. implementation: forces one of hasten's, as in `hasten.attention`.
+    Works for every model whose attention layers call transformers' `AttentionInterface`, and for Longformer and
+    LED (see adapters/), alone or inside a wrapper (PEFT, FSDP); `attention_layers(model)` lists them. The same
+    model, not a copy: weights, hooks and configuration stay, logits and gradients are those of `eager` to
+    rounding, and what `save_pretrained` writes loads without hasten. implementation: forces one of hasten's, as in
+    `hasten.attention`. global_capacity: of Longformer and LED, see `read_tokens`.
 
     Raises ArgumentTypeError for something else than a transformers model, and ArgumentError that names the
     architecture if one of its attention layers would not be reached; the model is then unchanged.
@@ -46,16 +51,22 @@ def accelerate(model: ModelT, *, implementation: str | None = None) -> ModelT:
     before = [(part, part.config._attn_implementation) for part in parts]
     for root in roots:
         set_implementation(root, name)
-        deaf = [path for path, layer in attention_layers(root).items() if _implementation_of(layer) != name]
+        deaf = [
+            path
+            for path, layer in attention_layers(root).items()
+            if _implementation_of(layer) != name and not adapters.is_served(type(layer))
+        ]
         if deaf:
             for part, old in before:
-                part.set_attn_implementation(old)
+                _set_one(part, old)
             _raise_missed(root, deaf[:3])
+    for root in roots:
+        adapters.serve(root, implementation, global_capacity)
     return model
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model that call transformers' `AttentionInterface`, by their names."""
+    """The layers of a model that call transformers' `AttentionInterface` or are served by adapters/, by their names."""
     return _look(model)[0]
 
 
@@ -69,7 +80,7 @@ def _roots(model: nn.Module) -> list[Any]:
 def _look(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """(attention layers that call the interface, those that neither do nor contain or lie in one that does)."""
     layers = {name: layer for name, layer in model.named_modules() if not isinstance(layer, PreTrainedModel)}
-    reached = {name: layer for name, layer in layers.items() if _calls_interface(type(layer))}
+    reached = {name: layer for name, layer in layers.items() if _is_reached(type(layer))}
     missed = {
         name: layer
         for name, layer in layers.items()
@@ -81,6 +92,10 @@ def _look(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]
 
 def _is_inside(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")
+
+
+def _is_reached(kind: type) -> bool:
+    return _calls_interface(kind) or (kind.__name__.endswith("Attention") and adapters.is_served(kind))
 
 
 def _calls_interface(kind: type) -> bool:
@@ -100,7 +115,15 @@ def set_implementation(root: Any, name: str) -> None:
     """
     for part in root.modules():
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation != name:
-            part.set_attn_implementation(name)
+            _set_one(part, name)
+
+
+def _set_one(part: Any, name: str) -> None:
+    """Of one model; transformers would only warn where a layer of its own does not call the interface."""
+    if adapters.has_adapter(type(part)):
+        part.config._attn_implementation = name
+    else:
+        part.set_attn_implementation(name)
 
 
 def _implementation_of(layer: nn.Module) -> str | None:
