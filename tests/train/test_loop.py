@@ -175,6 +175,13 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(folder):
     assert sorted(path.name for path in (folder / "nan" / "checkpoints").iterdir()) == ["step-000000002"]
 
 
+def test_deterministic_operations_are_asked_for_while_it_runs(folder):
+    seen = []
+    config = runs.config(folder, "deterministic", steps=1, deterministic=True)
+    train(config, lambda event: seen.append(torch.are_deterministic_algorithms_enabled()))
+    assert all(seen) and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_two_processes_do_not_train_in_one_folder(folder):
     config = runs.config(folder, "locked")
 

@@ -23,7 +23,7 @@ ConfigT = TypeVar("ConfigT")
 #: What may differ when a run is resumed: where it writes, how often, how far, and how a step is computed.
 FREE = frozenset(
     {
-        *("out", "steps", "device", "compile", "attention", "micro_batch", "recompute", "tensorboard"),
+        *("out", "steps", "device", "compile", "attention", "micro_batch", "recompute", "tensorboard", "deterministic"),
         *("log_every", "save_every", "keep", "eval_every", "eval_data", "eval_rows"),
     }
 )
@@ -109,6 +109,7 @@ class TrainConfig:
     tokenizer: its folder, if not the model's. precision: "auto" is bf16 on a GPU and fp32 elsewhere; "bf16" is
     autocast over float32 weights; "bf16-weights" computes with bf16 weights and keeps a float32 master of each.
     recompute: activations of a layer are computed again in the backward. keep: how many checkpoints stand.
+    deterministic: only operations that give the same bits every time, on a GPU too; a CPU does without asking.
     """
 
     model: str
@@ -124,6 +125,7 @@ class TrainConfig:
     attention: str = "hasten"
     compile: str = "off"
     recompute: bool = False
+    deterministic: bool = False
     seed: int = 0
     device: str = "auto"
     eval_data: tuple[str, ...] = ()

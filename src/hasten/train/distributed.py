@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hasten.errors import ArgumentError
+
+_PATIENCE = timedelta(hours=4)  # the others wait while the first process makes tokens of the text
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def join(device: str) -> Iterator[World]:
     begins = launched and not dist.is_initialized()
     if begins:
         is_gpu = device != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("nccl" if is_gpu else "gloo")
+        dist.init_process_group("nccl" if is_gpu else "gloo", timeout=_PATIENCE)
     try:
         if launched or (dist.is_available() and dist.is_initialized()):
             rank = dist.get_rank()

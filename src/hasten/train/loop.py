@@ -43,6 +43,7 @@ def train(config: TrainConfig, listen: Listener = lambda event: None) -> Finishe
     check_continued(config.schedule, config.steps)
     with ExitStack() as stack:
         world = stack.enter_context(distributed.join(config.device))
+        stack.enter_context(_deterministic(config.deterministic))
         folder = RunFolder(config, world)
         if world.is_first:
             stack.enter_context(only_one(folder.path))
@@ -239,6 +240,20 @@ class _Run:
         if longest is not None and self.config.data.seqlen > longest:
             got = f"{self.config.data.seqlen}"
             raise ArgumentError("seqlen", f"at most the model's {longest} positions", got, "give a smaller --seqlen")
+
+
+@contextmanager
+def _deterministic(is_asked: bool) -> Iterator[None]:
+    """Have torch take operations that always give the same bits, and warn of those that have none; then as before."""
+    before, was_warning = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(before or is_asked, warn_only=was_warning or not before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=was_warning)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from hasten.train.model import Loaded
 from hasten.train.tokens import Tokens, open_tokens, prepare
 
 SETTINGS = "settings.json"
+_BEFORE_SETTINGS = ("data", "checkpoints", "converted", ".lock")
 
 
 class RunFolder:
@@ -40,7 +41,7 @@ class RunFolder:
         """Raise CheckpointError if the folder holds something else, or a run with settings that give other weights."""
         file = self.path / SETTINGS
         if not file.is_file():
-            strange = [one.name for one in self.path.iterdir() if one.name not in ("data", "checkpoints", ".lock")]
+            strange = [one.name for one in self.path.iterdir() if one.name not in _BEFORE_SETTINGS]
             if strange:
                 problem = f"is no run folder, and not empty ({sorted(strange)[0]})"
                 raise CheckpointError(self.path, problem, "choose another --out")
@@ -63,10 +64,9 @@ class RunFolder:
         """(training, evaluation) tokens, made if they are not there; then the settings are written."""
         data, evaluation = self.config.data, None
         error: BaseException | None = None
-        name = ""
+        name = eval_name(self.config)
         if self.config.eval_data:
             evaluation = replace(data, paths=self.config.eval_data)
-            name = "eval-" + hashlib.sha256(json.dumps(to_dict(evaluation)).encode()).hexdigest()[:8]
         folder = self.path / "data"
         if self.world.is_first:
             try:
@@ -96,6 +96,12 @@ class RunFolder:
             loaded.model.config.dtype = loaded.dtype
             describe(loaded, folder)
         return self.model
+
+
+def eval_name(config: TrainConfig) -> str:
+    """What the tokens to evaluate on are called in `data`: they may change from one resumption to the next."""
+    evaluation = replace(config.data, paths=config.eval_data or config.data.paths)
+    return "eval-" + hashlib.sha256(json.dumps(to_dict(evaluation)).encode()).hexdigest()[:8]
 
 
 def describe(loaded: Loaded, folder: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +26,11 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> str:
     if config.precision != "auto":
         return config.precision
     return "bf16" if device.type == "cuda" else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a model of that precision computes."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 class Step:
@@ -71,38 +75,41 @@ class Step:
         self.weights.publish()
         return torch.stack([self.world.sum(total) / count, norm])
 
-    @torch.no_grad()
     def evaluate(self, rows: Rows, plan: Plan, most: int) -> tuple[float, int]:
-        """(mean loss, labels) over up to `most` rows, the same ones every time; 0 labels give a loss of 0.
-
-        All processes take equally many batches; those that have no rows left take one that counts nothing.
-        """
-        wanted = min(most, rows.rows_per_epoch)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """(mean loss, labels) over up to `most` rows; see `evaluate`."""
         self.language.eval()
-        for begin in range(0, wanted, plan.micro_batch * plan.world):
-            first = begin + plan.rank * plan.micro_batch
-            batch = rows.batch([index if index < wanted else 0 for index in range(first, first + plan.micro_batch)])
-            real = max(0, min(plan.micro_batch, wanted - first))
-            batch.labels[real:] = IGNORED
-            batch = replace(batch, num_labels=int((batch.labels != IGNORED).sum())).to(self.device)
-            sums += torch.stack([self._loss(batch).double(), torch.full_like(sums[0], batch.num_labels)])
+        found = evaluate(self._loss, rows, plan, most, self.world)
         self.language.train()
-        loss, count = self.world.sum(sums).tolist()
-        return (loss / count if count else 0.0), int(count)
+        return found
 
     def _loss(self, batch: Batch) -> Tensor:
         if self.marks_steps:
             torch.compiler.cudagraph_mark_step_begin()
-        with self._autocast():
+        with autocast(self.precision, self.device):
             loss: Tensor = self.language(batch.ids, batch.positions, batch.labels)
         return loss
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def _compile(self, modules: list[Any]) -> None:
         mode = None if self.config.compile == "default" else self.config.compile
         for module in modules:
             compile_module: Callable[..., None] = module.compile
             compile_module(mode=mode, dynamic=False)
+
+
+@torch.no_grad()
+def evaluate(loss_of: Callable[[Batch], Tensor], rows: Rows, plan: Plan, most: int, world: World) -> tuple[float, int]:
+    """(mean loss, labels) over up to `most` rows, the same ones every time; 0 labels give a loss of 0.
+
+    loss_of: the summed loss of a batch. All processes take equally many batches; those that have no rows left take one
+    that counts nothing.
+    """
+    wanted = min(most, rows.rows_per_epoch)
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for begin in range(0, wanted, plan.micro_batch * plan.world):
+        first = begin + plan.rank * plan.micro_batch
+        batch = rows.batch([index if index < wanted else 0 for index in range(first, first + plan.micro_batch)])
+        batch.labels[max(0, min(plan.micro_batch, wanted - first)) :] = IGNORED
+        count = int((batch.labels != IGNORED).sum())
+        sums += torch.stack([loss_of(batch.to(world.device)).double(), torch.full_like(sums[0], count)])
+    loss, count = world.sum(sums).tolist()
+    return (loss / count if count else 0.0), int(count)
