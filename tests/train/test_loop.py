@@ -62,6 +62,16 @@ def test_the_model_loads_in_transformers(folder, whole):
     assert all(torch.equal(one, trained[name]) for name, one in again.named_parameters())
 
 
+def test_tied_weights_and_the_dtype_stay_as_they_were(folder):
+    llama(folder / "tied", torch.bfloat16, tie_word_embeddings=True)
+    end = train(runs.config(folder, "tied-run", model=str(folder / "tied"), steps=1))
+    written, source = (load_file(f"{path}/model.safetensors") for path in (end.model, folder / "tied"))
+    assert {name: one.shape for name, one in written.items()} == {name: one.shape for name, one in source.items()}
+    assert {one.dtype for one in written.values()} == {torch.bfloat16}
+    model = transformers.AutoModelForCausalLM.from_pretrained(end.model, dtype="auto")
+    assert model.dtype == torch.bfloat16 and model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_the_log_has_every_line_once(folder, whole):
     lines = read(folder / "whole")
     assert [line["step"] for line in lines if line["kind"] == "stepped"] == list(range(1, 9))

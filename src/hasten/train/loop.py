@@ -202,10 +202,12 @@ class _Run:
         if self.world.size > 1:
             state = distributed.full_weights(model)
         else:
-            state = model.state_dict() | self.subject.model_tensors()
+            state = self.subject.model_tensors()
         if not self.world.is_first:
             return None
-        state = {name: one.to(self.loaded.dtype) if one.is_floating_point() else one for name, one in state.items()}
+        once = self.subject.model_tensors()  # tied weights under one name
+        dtype = self.loaded.dtype
+        state = {name: state[name].to(dtype) if one.is_floating_point() else state[name] for name, one in once.items()}
         try:
             return self.folder.export(self.loaded, state)
         except OSError as error:
