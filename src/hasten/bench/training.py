@@ -23,15 +23,19 @@ from hasten.bench.problems import dtype_name
 from hasten.bench.records import Record
 from hasten.bench.timing import clock_for
 from hasten.errors import ArgumentError
-from hasten.masks import Causal
 from hasten.models import accelerate
 from hasten.ops import cost
 from hasten.ops.cost import Rates
+from hasten.train.flops import StepFlops, step_flops
+from hasten.train.loss import IGNORED
+from hasten.train.model import LanguageModel
 
-ATTENTIONS = ("eager", "sdpa", "hasten")
+#: what serves attention; "hasten-train" is hasten's with the loss of `hasten train`, which makes no whole logits
+ATTENTIONS = ("eager", "sdpa", "hasten", "hasten-train")
+COMPILES = ("off", "default", "reduce-overhead", "max-autotune")
 DEFAULTS: dict[str, dict[str, str]] = {
-    "cuda": {"models": "gpt2-124m,llama-1.1b", "shapes": "8x1024,4x4096", "dtype": "bf16"},
-    "cpu": {"models": "tiny", "shapes": "2x128", "dtype": "fp32"},
+    "cuda": {"models": "gpt2-124m,gpt2-355m,llama-1.4b,bert-large", "dtype": "bf16"},
+    "cpu": {"models": "tiny", "dtype": "fp32"},
 }
 _WARM_UP = 3
 _LARGEST_DIFFERENCE = 0.1  # of the first layer's attention gradients, between two attentions in 16 bits; a lost
@@ -59,26 +63,69 @@ def _llama(length: int) -> transformers.PreTrainedConfig:
     )
 
 
+def _llama_1b4(length: int) -> transformers.PreTrainedConfig:
+    """1.42 billion weights, multi-head: the shape of GPT-3 1.3B (24 layers of 2,048, 16 heads) as a Llama."""
+    return transformers.LlamaConfig(
+        vocab_size=50304,
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        max_position_embeddings=max(8192, length),
+        use_cache=False,
+    )
+
+
+def _bert_large(length: int) -> transformers.PreTrainedConfig:
+    return transformers.BertConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        max_position_embeddings=max(512, length),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
 #: name -> configuration for a length
 MODELS: dict[str, Callable[[int], transformers.PreTrainedConfig]] = {
     "gpt2-124m": _gpt2,
+    "gpt2-355m": lambda length: _gpt2(length, n_embd=1024, n_layer=24, n_head=16),
+    "gpt-1.3b": lambda length: _gpt2(length, n_embd=2048, n_layer=24, n_head=16),
     "llama-1.1b": _llama,
+    "llama-1.4b": _llama_1b4,
+    "bert-large": _bert_large,
     "tiny": lambda length: _gpt2(
         length, n_embd=64, n_layer=2, n_head=4, vocab_size=512, bos_token_id=None, eos_token_id=None
     ),
 }
 
+#: (batch, length) of a model when none are asked for: those of the papers, as large as 80 GB hold
+SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
+    "gpt2-124m": ((32, 1024), (8, 4096)),
+    "gpt2-355m": ((16, 1024),),
+    "gpt-1.3b": ((4, 2048), (1, 8192)),
+    "llama-1.1b": ((8, 1024), (4, 4096)),
+    "llama-1.4b": ((4, 2048), (1, 8192)),
+    "bert-large": ((32, 512),),
+    "tiny": ((2, 128),),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to measure: every model in every shape (batch, length) with every attention, compiled or not."""
+    """What to measure: every model in every shape (batch, length) with every attention, compiled or not.
+
+    shapes: none means each model's own, `SHAPES`. compiles: some of `COMPILES`, each a mode of torch.compile.
+    """
 
     models: Sequence[str]
-    shapes: Sequence[tuple[int, int]]
     attentions: Sequence[str]
     dtype: torch.dtype
     device: torch.device
-    compiles: Sequence[bool] = (False,)
+    shapes: Sequence[tuple[int, int]] = ()
+    compiles: Sequence[str] = ("off",)
     steps: int = 10
     commit: str | None = None
 
@@ -86,6 +133,7 @@ class Options:
         for argument, names, known in (
             ("model", self.models, tuple(MODELS)),
             ("attention", self.attentions, ATTENTIONS),
+            ("compile", self.compiles, COMPILES),
         ):
             unknown = [name for name in names if name not in known]
             if unknown:
@@ -100,11 +148,11 @@ class Variant:
     batch: int
     seqlen: int
     attention: str
-    is_compiled: bool
+    compile: str = "off"
 
     @property
     def name(self) -> str:
-        return self.attention + ("+compile" if self.is_compiled else "")
+        return self.attention + {"off": "", "default": "+compile"}.get(self.compile, f"+{self.compile}")
 
 
 @dataclass(frozen=True)
@@ -115,7 +163,7 @@ class Measured:
     first_step_s: float
     loss: float
     attention_grad: Tensor
-    flops: int
+    flops: StepFlops
     peak_bytes: int | None
 
 
@@ -137,11 +185,11 @@ def run(options: Options, emit: Callable[[list[Record]], None], tell: Callable[[
     rates, _ = measure_ceilings(options.device, options.dtype, clock_for(options.device))
     place |= records.ceiling_fields(rates)
     for model in options.models:
-        for batch, seqlen in options.shapes:
+        for batch, seqlen in options.shapes or SHAPES[model]:
             truth: Tensor | None = None
-            for is_compiled in options.compiles:
+            for compile_mode in options.compiles:
                 for attention in options.attentions:
-                    variant = Variant(model, batch, seqlen, attention, is_compiled)
+                    variant = Variant(model, batch, seqlen, attention, compile_mode)
                     record, grad = measure_variant(variant, options, rates, truth)
                     truth = grad if truth is None else truth
                     emit([{"kind": "training", **place, **record}])
@@ -166,7 +214,7 @@ def measure_variant(
     except Exception as error:  # noqa: BLE001 - a model that breaks is a result, and the next one must have its turn
         return record | {"status": "failed", "reason": " ".join(str(error).split())[:300]}, None
     finally:
-        _release(options.device, variant.is_compiled)
+        _release(options.device, variant.compile != "off")
     record |= {"loss": round(measured.loss, 4), "first_step_s": round(measured.first_step_s, 3)}
     if truth is not None:
         difference = float((measured.attention_grad - truth).norm() / truth.norm())
@@ -182,14 +230,14 @@ def _measure(variant: Variant, options: Options) -> Measured:
         torch.cuda.reset_peak_memory_stats(device)
     model = build(variant, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    trained: Any = torch.compile(model) if variant.is_compiled else model
+    loss_of = _loss_of(model, variant)
     ids = torch.randint(model.config.vocab_size, (variant.batch, variant.seqlen), device=device)
     is_mixed = options.dtype.itemsize == 2
     losses: list[float] = []
 
     def step(is_first: bool = False) -> Tensor:
         with torch.autocast(device.type, options.dtype) if is_mixed else nullcontext():
-            loss: Tensor = trained(input_ids=ids, labels=ids).loss
+            loss = loss_of(ids)
         loss.backward()
         if not is_first:
             optimizer.step()
@@ -203,7 +251,7 @@ def _measure(variant: Variant, options: Options) -> Measured:
         step()
     times = tuple(clock.wall_s(step) for _ in range(options.steps))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    flops = step_flops(model, variant.batch, variant.seqlen)
+    flops = step_flops(model, variant.batch, variant.seqlen, is_causal=_is_causal(model.config))
     return Measured(times, first_step_s, losses[0], attention_grad, flops, peak)
 
 
@@ -211,35 +259,46 @@ def build(variant: Variant, device: torch.device) -> Any:
     """The model of a variant on a device, float32, in training mode, the same weights every time."""
     torch.manual_seed(0)
     config = MODELS[variant.model](variant.seqlen)
-    is_ours = variant.attention == "hasten"
+    is_ours = variant.attention.startswith("hasten")
+    kind = transformers.AutoModelForCausalLM if _is_causal(config) else transformers.AutoModelForMaskedLM
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa" if is_ours else variant.attention
-        )
+        model = kind.from_config(config, attn_implementation="sdpa" if is_ours else variant.attention)
     model = model.to(torch.float32).train()
     return accelerate(model) if is_ours else model
 
 
-def step_flops(model: Any, batch: int, seqlen: int) -> int:
-    """FLOPs a training step needs, none counted twice: 6 a token for each weight that is multiplied, and attention.
+def _loss_of(model: Any, variant: Variant) -> Callable[[Tensor], Tensor]:
+    """The mean loss of ids (batch, seqlen) as a variant computes it: through the model, or without whole logits."""
+    mode = None if variant.compile == "default" else variant.compile
+    is_compiled, marks_steps = variant.compile != "off", mode in ("reduce-overhead", "max-autotune")
+    if variant.attention == "hasten-train":
+        if not _is_causal(model.config):
+            raise ArgumentError("attention", "hasten for an encoder", "'hasten-train'", "its loss is of causal models")
+        language = LanguageModel(model)
+    run_model: Any = language if variant.attention == "hasten-train" else model
+    run_model = torch.compile(run_model, mode=mode, dynamic=False) if is_compiled else run_model
 
-    The backward counts as twice the forward, causal cells exactly; recomputation is not work done. The table of
-    input embeddings is looked up, not multiplied; the output one counts, also where it is the same table.
-    """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = sum(weight.numel() for weight in model.parameters() if id(weight) not in tables)
-    output = model.get_output_embeddings().weight
-    weights += output.numel() if id(output) in tables else 0
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    pairs = cost.visible_pairs(Causal(), batch, config.num_attention_heads, seqlen, seqlen)
-    attention = 3 * cost.forward_flops(pairs, head_dim, head_dim) * config.num_hidden_layers
-    return 6 * int(weights) * batch * seqlen + attention
+    def loss_of(ids: Tensor) -> Tensor:
+        if marks_steps:  # CUDA graphs: what the last step returned may be written over
+            torch.compiler.cudagraph_mark_step_begin()
+        if variant.attention != "hasten-train":
+            loss: Tensor = run_model(input_ids=ids, labels=ids).loss
+            return loss
+        labels = nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        total: Tensor = run_model(ids, positions, labels)
+        return total / (ids.numel() - ids.shape[0])
+
+    return loss_of
+
+
+def _is_causal(config: Any) -> bool:
+    return config.model_type != "bert"
 
 
 def _attention_grad(model: nn.Module) -> Tensor:
     """Gradients of the weights of the first layer's attention, flat, float32, on the CPU."""
-    named = {name: weight.grad for name, weight in model.named_parameters() if ".0." in name and "attn" in name}
+    named = {name: weight.grad for name, weight in model.named_parameters() if ".0." in name and "att" in name}
     grads = [grad.detach().flatten().float().cpu() for grad in named.values() if grad is not None]
     assert grads, "no weights of a first attention layer"
     return torch.cat(grads)
@@ -247,7 +306,7 @@ def _attention_grad(model: nn.Module) -> Tensor:
 
 def _figures(variant: Variant, measured: Measured, device: torch.device, rates: Rates) -> Record:
     seconds = statistics.median(measured.step_s)
-    rate = measured.flops / seconds
+    rate = measured.flops.exact / seconds
     sheet = cost.datasheet_rates(machine.device_name(device)) if device.type == "cuda" else None
     return {
         "median_ms": float(f"{seconds * 1e3:.5g}"),
@@ -258,6 +317,7 @@ def _figures(variant: Variant, measured: Measured, device: torch.device, rates: 
         "tflops": float(f"{rate / 1e12:.4g}"),
         "share_of_ceiling": round(rate / rates.flops_per_s, 4),
         "mfu": round(rate / sheet.flops_per_s, 4) if sheet else None,
+        "mfu_palm": round(measured.flops.palm / seconds / sheet.flops_per_s, 4) if sheet else None,
         "peak_gb": None if measured.peak_bytes is None else round(measured.peak_bytes / 1e9, 2),
     }
 

@@ -25,6 +25,8 @@ VERBS = {
     "generate": "Stream text from a model (the built-in one when none is named), then its figures.",
     "explain": "Say which implementation a call gets here and why, with its FLOPs, bytes and roofline time.",
     "convert": "Turn a checkpoint into one of another architecture, with a report of every tensor.",
+    "train": "Train a model on local data; the same command resumes it, to the bit.",
+    "uptrain": "Train a converted checkpoint on a little, from where the original's schedule stopped.",
     "bench": "Measure hasten beside its peers on this machine.",
     "doctor": "Show what is installed, what each feature gets here, and check exactness once.",
 }

@@ -111,12 +111,14 @@ def attention(
         tell(f"wrote {plot}")
 
 
-@app.command()
+@app.command("train")
+@app.command(hidden=True)
 def training(
     model: Annotated[str, typer.Option(help="Shapes, separated by commas.")] = "",
     attention: Annotated[str, typer.Option(help="What serves attention in the model.")] = "eager,sdpa,hasten",
-    shape: Annotated[str, typer.Option(help="BATCHxLENGTH, separated by commas.")] = "",
+    shape: Annotated[str, typer.Option(help="BATCHxLENGTH, separated by commas; each model's own if none.")] = "",
     compiled: Annotated[bool, typer.Option("--compile", help="Measure each under torch.compile as well.")] = False,
+    modes: Annotated[str, typer.Option(help="off, default, reduce-overhead, max-autotune, instead.")] = "",
     steps: Annotated[int, typer.Option(min=1, help="Steps to time, after three to warm up.")] = 10,
     dtype: Dtype = None,
     device: Device = None,
@@ -131,9 +133,9 @@ def training(
     usual = training_suite.DEFAULTS.get(place.type, training_suite.DEFAULTS["cpu"])
     options = training_suite.Options(
         models=(model or usual["models"]).split(","),
-        shapes=[training_suite.parse_shape(text) for text in (shape or usual["shapes"]).split(",")],
+        shapes=[training_suite.parse_shape(text) for text in shape.split(",")] if shape else (),
         attentions=attention.split(","),
-        compiles=(False, True) if compiled else (False,),
+        compiles=modes.split(",") if modes else ("off", "default") if compiled else ("off",),
         steps=steps,
         dtype=parse_dtype(dtype or usual["dtype"]),
         device=place,
