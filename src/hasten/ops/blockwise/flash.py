@@ -40,8 +40,9 @@ def forward(problem: Problem, work: Iterable[Piece]) -> tuple[Tensor, Tensor]:
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
     for piece in _small(problem, work):
         tensors = problem.queries(q, piece), problem.keys(k, piece), problem.keys(v, piece)
-        additive = _additive(problem, piece)
-        own, own_lse = _forward(*tensors, 0.0, piece.is_causal, attn_mask=additive, scale=call.softmax_scale)
+        additive = problem.additive(piece)
+        expanded = None if additive is None else _expanded(additive, piece)
+        own, own_lse = _forward(*tensors, 0.0, piece.is_causal, attn_mask=expanded, scale=call.softmax_scale)
         if additive is not None:
             own_lse = own_lse.masked_fill(additive.amax(-1) == -torch.inf, -torch.inf)
         problem.queries(out, piece).copy_(own)
@@ -59,6 +60,7 @@ def backward(
     for piece in _small(problem, work):
         rows = (problem.queries(t, piece) for t in (dout, q, out))
         own_dout, own_q, own_out = rows
+        additive = problem.additive(piece)
         grads = _backward(
             own_dout,
             own_q,
@@ -68,7 +70,7 @@ def backward(
             lse[piece.batch, piece.head, piece.query],
             0.0,
             piece.is_causal,
-            attn_mask=_additive(problem, piece),
+            attn_mask=None if additive is None else _expanded(additive, piece),
             scale=call.softmax_scale,
         )
         problem.queries(dq, piece).copy_(grads[0])
@@ -90,9 +92,6 @@ def _split(problem: Problem, piece: Piece) -> Iterable[Piece]:
     return split(piece, problem.group_size, _CELLS)
 
 
-def _additive(problem: Problem, piece: Piece) -> Tensor | None:
-    additive = problem.additive(piece)
-    if additive is None:
-        return None
+def _expanded(additive: Tensor, piece: Piece) -> Tensor:
     size = piece.batch.stop - piece.batch.start, piece.head.stop - piece.head.start, piece.rows, piece.num_keys
     return additive.expand(size)

@@ -199,6 +199,7 @@ def _listed(lists: TileLists, sizes: Sizes) -> Iterator[Piece]:
     """One piece for each row of tiles that visits any; keys that do not stand together are listed by number."""
     unpacked = _unpack(lists.bits, sizes.dtype) if lists.bits.numel() * 32 <= _CELLS_UNPACKED else None
     within = torch.arange(_BLOCK_N, device=sizes.device)
+    hidden: dict[tuple[int, ...], Tensor] = {}
     for line, (begin, partial, end) in enumerate(lists.row_ptr.tolist()):
         if begin == end:
             continue
@@ -218,11 +219,14 @@ def _listed(lists: TileLists, sizes: Sizes) -> Iterator[Piece]:
             key,
         )
         if partial < end:
-            maps = lists.row_bits[partial:end].long()
-            tiles = _unpack(lists.bits[maps], sizes.dtype) if unpacked is None else unpacked[maps]
-            tiles = torch.cat([tiles.new_zeros(partial - begin, *tiles.shape[1:]), tiles])[order]
-            hidden = tiles.transpose(0, 1).reshape(_ROWS, -1)[: piece.rows, : piece.num_keys]
-            piece = replace(piece, hidden=hidden[None, None])
+            maps = lists.row_bits[partial:end]
+            same = (partial - begin, piece.rows, piece.num_keys, *order.tolist(), *maps.tolist())
+            if same not in hidden:  # inside a band, row after row is the same
+                tiles = _unpack(lists.bits[maps], sizes.dtype) if unpacked is None else unpacked[maps]
+                tiles = torch.cat([tiles.new_zeros(partial - begin, *tiles.shape[1:]), tiles])[order]
+                cells = tiles.transpose(0, 1).reshape(_ROWS, -1)[: piece.rows, : piece.num_keys]
+                hidden = {same: cells[None, None]}
+            piece = replace(piece, hidden=hidden[same])
         yield piece
 
 
