@@ -157,7 +157,7 @@ def test_random_schedules_lose_no_page_and_no_token(seed, num_pages, page_size, 
 
 @pytest.mark.parametrize("window", [None, 0, 5])
 def test_thousands_of_short_schedules(window):
-    for seed in range(800):
+    for seed in range(400):
         schedule = Schedule(seed, 6, 2, window)
         for _ in range(10):
             schedule.step()

@@ -37,11 +37,11 @@ def choosers(rules=None):
 
 
 @pytest.mark.parametrize("rules", [None, RULES], ids=["plain", "suppress"])
-@pytest.mark.parametrize("order", range(4))
+@pytest.mark.parametrize("order", range(2))
 def test_a_batch_chooses_as_each_would_alone(rules, order):
     batched, alone = choosers(rules), choosers(rules)
     histories = [[1, 2, 3, number] for number in range(len(alone))]
-    for step in range(12):
+    for step in range(6):
         logits = 3.0 * torch.randn(len(alone), VOCAB, generator=torch.Generator().manual_seed(step))
         places = list(range(len(alone)))
         if order:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from hasten.engine.attend_pages import Pages
 class Piece:
     """What one sequence gives to a forward: tokens `ids` at positions `start` and on.
 
-    holding: has room for them. rows: those of its tokens, counted from the first of `ids`, whose logits are wanted.
-    copies: pages to copy first, by kind.
+    pending: the place, among the tokens that the step before has chosen, of the last of `ids`, where that has not been
+    read from the device. holding: has room for them. rows: those of its tokens, counted from the first of `ids`, whose
+    logits are wanted. copies: pages to copy first, by kind.
     """
 
     ids: Sequence[int]
@@ -28,17 +30,22 @@ class Piece:
     holding: Holding
     rows: Sequence[int]
     copies: tuple[Sequence[Copy], ...] = ()
+    pending: int | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
-    """One forward: `ids` and `positions` (1, total), where K and V lie, and which rows give logits, int64 (rows,)."""
+    """One forward: `ids` and `positions` (1, total), where K and V lie, and which rows give logits, int64 (rows,).
+
+    pending: which of the tokens that the step before has chosen go where in `ids`, int64 (2, any), None for none.
+    """
 
     ids: Tensor
     positions: Tensor
     pages: Pages
     rows: Tensor
     copies: tuple[tuple[Copy, ...], ...]
+    pending: Tensor | None
 
 
 def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device) -> Batch:
@@ -49,23 +56,34 @@ def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device) -> Ba
     for piece in pieces:
         ends.append(ends[-1] + len(piece.ids))
     rows = [first + row for first, piece in zip(ends, pieces, strict=False) for row in piece.rows]
+    pending = [
+        (piece.pending, end - 1) for piece, end in zip(pieces, ends[1:], strict=True) if piece.pending is not None
+    ]
     lengths = tuple((len(piece.ids), piece.start + len(piece.ids)) for piece in pieces)
     kinds, is_gathered = range(len(cache.kinds)), _is_gathered(cache, device)
     return Batch(
-        ids=torch.tensor([ids], device=device),
-        positions=torch.tensor([positions], device=device),
+        ids=put([ids], torch.int64, device),
+        positions=put([positions], torch.int64, device),
         pages=Pages(
             cache=cache,
             tables=tuple(_tables(pieces, kind, cache, device) for kind in kinds),
-            cache_seqlens=torch.tensor([length for _, length in lengths], dtype=torch.int32, device=device),
-            cu_seqlens_q=torch.tensor(ends, dtype=torch.int32, device=device),
+            cache_seqlens=put([length for _, length in lengths], torch.int32, device),
+            cu_seqlens_q=put(ends, torch.int32, device),
             lengths=lengths,
             max_seqlen_q=max(count for count, _ in lengths),
             plans=tuple(_plan(pieces, lengths, kind, cache) if is_gathered else None for kind in kinds),
         ),
-        rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        rows=put(rows, torch.int64, device),
         copies=tuple(tuple(copy for piece in pieces if piece.copies for copy in piece.copies[kind]) for kind in kinds),
+        pending=put(pending, torch.int64, device).t() if pending else None,
     )
+
+
+def put(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor on a device, which the host does not wait for."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _is_gathered(cache: PagedCache, device: torch.device) -> bool:
@@ -77,9 +95,9 @@ def _tables(pieces: Sequence[Piece], kind: int, cache: PagedCache, device: torch
     """Page tables as long as the longest sequence; where pages are gathered, also the place of every new token."""
     rows = [piece.holding.tables[kind].pages for piece in pieces]
     longest = max(map(len, rows))
-    block_table = torch.tensor([pages + [0] * (longest - len(pages)) for pages in rows], dtype=torch.int32)
+    block_table = put([pages + [0] * (longest - len(pages)) for pages in rows], torch.int32, device)
     if not _is_gathered(cache, device):
-        return Tables(block_table.to(device))
+        return Tables(block_table)
     size, num_layers = cache.page_size, cache.pools[kind][0].shape[1]
     places = [
         pages[position // size] * num_layers * size + position % size
@@ -101,4 +119,4 @@ def _plan(
     return plan(rows, ends, cache.kinds[kind].window, cache.page_size)
 
 
-__all__ = ["Batch", "Piece", "pack"]
+__all__ = ["Batch", "Piece", "pack", "put"]

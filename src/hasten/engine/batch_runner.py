@@ -43,15 +43,23 @@ class BatchRunner:
         device: torch.device = next(self.model.parameters()).device
         return device
 
-    def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Logits (rows, vocab), in the order of the pieces and their rows. Does not wait for the device."""
+    def run(self, pieces: Sequence[Piece], chosen: Tensor | None = None) -> Tensor:
+        """Logits (rows, vocab), in the order of the pieces and their rows. Does not wait for the device.
+
+        chosen: int64 (any,), the tokens that the step before has chosen, for the pieces whose last is among them.
+        """
         threads = torch.get_num_threads()
         is_small = sum(len(piece.ids) for piece in pieces) <= FEW_TOKENS
         if self.step_threads is not None and is_small:
             torch.set_num_threads(self.step_threads)
         try:
             with torch.inference_mode():
-                return self._forward(pack(pieces, self.cache, self.device))
+                batch = pack(pieces, self.cache, self.device)
+                if batch.pending is not None:
+                    assert chosen is not None, "a token is pending, and none was chosen"
+                    sources, places = batch.pending
+                    batch.ids[0, places] = chosen[sources].clamp(min=0)  # what is below 0 is no token, and nobody's
+                return self._forward(batch)
         finally:
             torch.set_num_threads(threads)
 

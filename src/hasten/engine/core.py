@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hasten.engine import sampler
-from hasten.engine.batch import Piece
+from hasten.engine.batch import Piece, put
 from hasten.engine.batch_runner import BatchRunner
 from hasten.engine.events import Failed, Finished, Logprobs, Token
+from hasten.engine.launched import Asked, Launched
 from hasten.engine.request import Choice, Request
 from hasten.engine.sampler import NO_TOKEN, Wanted
 from hasten.engine.scheduler import Chunk, Scheduler
@@ -36,20 +37,25 @@ FAULTS = (
     ValueError,
 )
 
-_Item = TypeVar("_Item")
-_Got = TypeVar("_Got")
-
 
 class Core:
     """Requests on their way through one runner.
 
-    clock: seconds, for deadlines and figures.
+    is_ahead: the tokens of a step are read only once the next one is on its way, so that the device does not wait for
+    the host; who ends with a token that the host has yet to see is computed once too often. None: on all devices but
+    a CPU. clock: seconds, for deadlines and figures.
     """
 
     def __init__(
-        self, runner: BatchRunner, scheduler: Scheduler, clock: Callable[[], float] = time.perf_counter
+        self,
+        runner: BatchRunner,
+        scheduler: Scheduler,
+        is_ahead: bool | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.runner, self.scheduler, self.clock = runner, scheduler, clock
+        self.is_ahead = runner.device.type != "cpu" if is_ahead is None else is_ahead
+        self._launched: list[Launched] = []  # chosen, and not yet read: of one step at most
         self.requests: dict[int, Request] = {}
         self.num_steps = 0
         self.num_positions = 0  # tokens that went through the model
@@ -70,6 +76,7 @@ class Core:
             seats=len(request.choices),
             deadline_s=request.deadline_s,
             owner=first,
+            most=len(request.prompt) + request.limit - 1,
         )
         self.scheduler.add(first.sequence)
 
@@ -92,12 +99,23 @@ class Core:
         for late in self.scheduler.expired(self.clock()):
             if not late.owner.is_done:
                 self._end(late.owner.request, "deadline")
+        before = self._launched
+        if any(self._needs_tokens(launched) for launched in before):
+            before = self._collect(before)
+        self._launched = []
         chunks = self.scheduler.schedule().chunks
-        if not chunks:
-            return
+        if chunks:
+            self._launch(chunks, before)
+        self._collect(before)
+        if not self.is_ahead:
+            self._launched = self._collect(self._launched)
+
+    def _launch(self, chunks: list[Chunk], before: list[Launched]) -> None:
+        """Compute one batch and choose its tokens, of which nothing is read here."""
         self.num_steps += 1
-        rows = [self._rows(chunk) for chunk in chunks]
-        done, logits = self._apart(self._compute, list(zip(chunks, rows, strict=True)))
+        chosen = before[0].tokens if before else None
+        work = [(chunk, self._rows(chunk)) for chunk in chunks]
+        done, logits = self._apart(partial(self._compute, chosen), work)
         first = 0
         wanted: list[tuple[Choice, int]] = []
         for chunk, own in done:
@@ -106,7 +124,11 @@ class Core:
             if chunk.is_last and chunk.sequence.state is State.RUNNING:
                 wanted += [(choice, first - 1) for choice in self._choices(chunk.sequence)]
         if wanted:
-            self._take(wanted, logits)
+            self._choose(wanted, logits)
+
+    def _needs_tokens(self, launched: Launched) -> bool:
+        """True if the next choice of somebody depends on the tokens so far, which are therefore read first."""
+        return any(not choice.is_done and not sampler.is_free(choice.chooser) for choice, _ in launched.wanted)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page is free or held by a sequence that is on its way."""
@@ -124,18 +146,22 @@ class Core:
             rows = [position - chunk.start for position in range(max(chunk.start, known), end)]
         return [*rows, chunk.count - 1] if chunk.is_last else rows
 
-    def _compute(self, work: Sequence[tuple[Chunk, list[int]]]) -> Tensor:
+    def _compute(self, chosen: Tensor | None, work: Sequence[tuple[Chunk, list[int]]]) -> Tensor:
         pieces = [
             Piece(
-                ids=chunk.sequence.tokens[chunk.start : chunk.start + chunk.count],
+                # in the place of a token that is not read stands a 0, until the runner puts it there
+                ids=[*chunk.sequence.tokens, 0][chunk.start : chunk.start + chunk.count]
+                if chunk.is_pending
+                else chunk.sequence.tokens[chunk.start : chunk.start + chunk.count],
                 start=chunk.start,
                 holding=chunk.sequence.holding,
                 rows=rows,
                 copies=chunk.copies,
+                pending=chunk.sequence.owner.place if chunk.is_pending else None,
             )
             for chunk, rows in work
         ]
-        logits = self.runner.run(pieces)
+        logits = self.runner.run(pieces, chosen)
         for chunk, _ in work:
             chunk.sequence.owner.num_positions += chunk.count
             self.num_positions += chunk.count
@@ -168,23 +194,44 @@ class Core:
             choice.sequence.owner = choice
         return [first, *forks]
 
-    def _take(self, wanted: list[tuple[Choice, int]], logits: Tensor) -> None:
-        """Choose a token for each, read them all at once, and give them to their owners."""
-        asked = [Wanted(row, choice.chooser, _tokens(choice)) for choice, row in wanted]
-        try:
-            tokens = sampler.choose(logits, asked)
-        except FAULTS as error:
-            if len({choice.request for choice, _ in wanted}) == 1:
-                self.fail(wanted[0][0].request.number, _as_ours(error))
-                return
-            for number in {choice.request.number: None for choice, _ in wanted}:
-                self._take([one for one in wanted if one[0].request.number == number], logits)
+    def _choose(self, wanted: list[tuple[Choice, int]], logits: Tensor) -> None:
+        """Choose a token for each, which is then pending until it is read."""
+        tokens, found = [], []
+        for group in self._choosable(wanted, logits):
+            tokens.append(group[1])
+            found += group[0]
+        if not found:
             return
-        found = self._logprobs(wanted, logits, tokens)
-        now = self.clock()
-        for (choice, _), token, own in zip(wanted, tokens.tolist(), found, strict=True):
-            if not choice.is_done:
-                self._give(choice, token, own, now)
+        for place, (choice, _) in enumerate(found):
+            assert choice.sequence is not None, "a choice without a sequence has no token to come"
+            choice.place, choice.sequence.num_pending = place, 1
+        chosen = torch.cat(tokens) if len(tokens) > 1 else tokens[0]
+        self._launched = [Launched(found, chosen, self._logprobs(found, logits, chosen))]
+
+    def _choosable(
+        self, wanted: list[tuple[Choice, int]], logits: Tensor
+    ) -> list[tuple[list[tuple[Choice, int]], Tensor]]:
+        """[(those for whom a token could be chosen, the tokens)]; if not together, each request alone."""
+        try:
+            asked = [Wanted(row, choice.chooser, _tokens(choice)) for choice, row in wanted]
+            return [(wanted, sampler.choose(logits, asked))]
+        except FAULTS as error:
+            numbers = list({choice.request.number: None for choice, _ in wanted})
+            if len(numbers) == 1:
+                self.fail(numbers[0], _as_ours(error))
+                return []
+        apart = [[one for one in wanted if one[0].request.number == number] for number in numbers]
+        return [group for part in apart for group in self._choosable(part, logits)]
+
+    def _collect(self, before: list[Launched]) -> list[Launched]:
+        """Read the tokens that a step has chosen, all at once, and give them to their owners; returns nothing left."""
+        for launched in before:
+            tokens, logprobs = launched.tokens.tolist(), launched.read_logprobs()
+            now = self.clock()
+            for (choice, _), token, own in zip(launched.wanted, tokens, logprobs, strict=True):
+                if not choice.is_done:
+                    self._give(choice, token, own, now)
+        return []
 
     def _give(self, choice: Choice, token: int, own: Logprobs | None, now: float) -> None:
         if token == NO_TOKEN:
@@ -194,7 +241,9 @@ class Core:
         if choice.first_token_s is None:
             choice.first_token_s = now
         choice.last_token_s = now
-        _tokens(choice).append(token)
+        assert choice.sequence is not None, "a choice without a sequence has no token to come"
+        choice.sequence.num_pending = 0
+        choice.sequence.tokens.append(token)
         piece, is_last = choice.answer.push(token)
         if own is not None:
             choice.logprobs.append(own)
@@ -202,17 +251,15 @@ class Core:
         if is_last:
             self._finish(choice, "length" if choice.answer.stopped_by is None else "stop")
 
-    def _logprobs(self, wanted: list[tuple[Choice, int]], logits: Tensor, tokens: Tensor) -> list[Logprobs | None]:
-        found: list[Logprobs | None] = [None] * len(wanted)
+    def _logprobs(self, wanted: list[tuple[Choice, int]], logits: Tensor, tokens: Tensor) -> Asked | None:
         counts = [choice.request.sampling.logprobs for choice, _ in wanted]
         places = [place for place, count in enumerate(counts) if count is not None]
-        if places:
-            rows = torch.tensor([wanted[place][1] for place in places], device=logits.device)
-            most = max(counts[place] or 0 for place in places)
-            read = _read(logits[rows], tokens[places], most)
-            for place, one in zip(places, read, strict=True):
-                found[place] = Logprobs(logprob=one.logprob, top=one.top[: counts[place]])
-        return found
+        if not places:
+            return None
+        rows = put([wanted[place][1] for place in places], torch.int64, logits.device)
+        most = max(counts[place] or 0 for place in places)
+        own = tokens[put(places, torch.int64, logits.device)]
+        return Asked(places, [counts[place] or 0 for place in places], sampler.logprobs(logits[rows], own, most))
 
     def _read_prompt_logprobs(self, chunk: Chunk, rows: list[int], logits: Tensor, first: int) -> None:
         """Log probabilities of prompt tokens, from the rows before each; the last row of a prompt is for a new one."""
@@ -221,8 +268,9 @@ class Core:
         rows = [row for row in rows if chunk.start + row < len(request.prompt) - 1]
         if count is None or not rows:
             return
-        targets = torch.tensor([request.prompt[chunk.start + row + 1] for row in rows], device=logits.device)
-        request.prompt_logprobs += _read(logits[first : first + len(rows)], targets, count)
+        targets = put([request.prompt[chunk.start + row + 1] for row in rows], torch.int64, logits.device)
+        asked = Asked([], [], sampler.logprobs(logits[first : first + len(rows)], targets, count))
+        request.prompt_logprobs += asked.read()
 
     def _end(self, request: Request, reason: str) -> None:
         for choice in request.choices:
@@ -271,14 +319,6 @@ class Core:
 def _tokens(choice: Choice) -> list[int]:
     assert choice.sequence is not None, "a choice without a sequence has no token to come"
     return choice.sequence.tokens
-
-
-def _read(logits: Tensor, tokens: Tensor, count: int) -> list[Logprobs]:
-    own, values, ids = (each.tolist() for each in sampler.logprobs(logits, tokens, count))
-    return [
-        Logprobs(logprob=one, top=tuple(zip(places, some, strict=True)))
-        for one, some, places in zip(own, values, ids, strict=True)
-    ]
 
 
 def _as_ours(error: BaseException) -> HastenError:

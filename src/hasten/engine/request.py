@@ -15,7 +15,10 @@ Event = Token | Finished | Failed
 
 @dataclass(eq=False, kw_only=True)
 class Choice:
-    """One continuation of a request. sequence: None until the prompt is computed, for all but the first."""
+    """One continuation of a request. sequence: None until the prompt is computed, for all but the first.
+
+    place: of its token among those that the last step has chosen for all.
+    """
 
     request: Request
     index: int
@@ -23,6 +26,7 @@ class Choice:
     chooser: Chooser
     sequence: Sequence | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
+    place: int = 0
     num_positions: int = 0
     num_preemptions: int = 0
     num_pages: tuple[int, ...] = (0,)

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from hasten.engine.batch import put
 from hasten.engine.penalties import Bias
 from hasten.engine.sampling import Chooser, draw
 
@@ -44,24 +45,26 @@ class Wanted:
 @torch.inference_mode()
 def choose(logits: Tensor, wanted: Sequence[Wanted]) -> Tensor:
     """A token for each that is wanted, from logits (rows, vocab); int64 (wanted,), NO_TOKEN where they are NaN."""
-    rows = torch.tensor([one.row for one in wanted], device=logits.device)
-    scores = logits if len(wanted) == len(logits) and _in_order(wanted) else logits[rows]
+    device = logits.device
+    is_all = [one.row for one in wanted] == list(range(len(logits)))
+    scores = logits if is_all else logits[put([one.row for one in wanted], torch.int64, device)]
     tokens = scores.argmax(-1)
-    draws: list[tuple[list[int], Tensor]] = []
-    for places in _groups(wanted):
-        first = wanted[places[0]].chooser
+    draws: list[tuple[Tensor, list[torch.Generator], Tensor]] = []
+    for group in _groups(wanted):
+        places, first = put(group, torch.int64, device), wanted[group[0]].chooser
         part = scores[places].float()
         if first.processors:
             history: Any = None
-            if not _is_free(first):
-                history = torch.tensor([list(wanted[place].history) for place in places], device=logits.device)
+            if not is_free(first):
+                history = put([list(wanted[place].history) for place in group], torch.int64, device)
             part = first.processors(history, part)
         if first.sampling.temperature == 0:
             tokens[places] = part.argmax(-1)
         else:
-            draws.append((places, torch.softmax(part, -1)))
-    for places, probabilities in draws:  # once nothing can fail any more: a draw cannot be taken back
-        tokens[places] = draw(probabilities, [wanted[place].chooser.generator for place in places])
+            generators = [wanted[place].chooser.generator for place in group]
+            draws.append((places, generators, torch.softmax(part, -1)))
+    for places, generators, probabilities in draws:  # once nothing can fail: a draw cannot be taken back
+        tokens[places] = draw(probabilities, generators)
     return torch.where(scores.isnan().any(-1), NO_TOKEN, tokens)
 
 
@@ -76,10 +79,6 @@ def logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor
     return scores.gather(-1, tokens.clamp(min=0)[:, None])[:, 0], values, ids
 
 
-def _in_order(wanted: Sequence[Wanted]) -> bool:
-    return all(place == one.row for place, one in enumerate(wanted))
-
-
 def _groups(wanted: Sequence[Wanted]) -> list[list[int]]:
     """Places of `wanted` that are processed together: all but those that plainly take the likeliest token."""
     groups: defaultdict[Hashable, list[int]] = defaultdict(list)
@@ -89,12 +88,13 @@ def _groups(wanted: Sequence[Wanted]) -> list[list[int]]:
             continue
         bias = tuple(sorted(sampling.logit_bias.items()))
         settings: Hashable = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, bias)
-        groups[settings if _is_free(one.chooser) else place].append(place)
+        groups[settings if is_free(one.chooser) else place].append(place)
     return list(groups.values())
 
 
-def _is_free(chooser: Chooser) -> bool:
+def is_free(chooser: Chooser) -> bool:
+    """True if a request's choice does not depend on the tokens so far, but by the logits."""
     return all(isinstance(one, _WITHOUT_HISTORY) for one in chooser.processors)
 
 
-__all__ = ["NO_TOKEN", "Wanted", "choose", "logprobs"]
+__all__ = ["NO_TOKEN", "Wanted", "choose", "is_free", "logprobs"]

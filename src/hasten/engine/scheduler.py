@@ -18,17 +18,18 @@ from hasten.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start` to `start + count` of a sequence, for which it now has room, and pages to copy before."""
+    """Tokens `start` to `start + count` of a sequence, for which it now has room, and pages to copy before.
+
+    is_last: nothing known is left after it, so its last row gives the next token. is_pending: its last token has not
+    been read from the device.
+    """
 
     sequence: Sequence
     start: int
     count: int
     copies: tuple[list[Copy], ...]
-
-    @property
-    def is_last(self) -> bool:
-        """True if nothing known is left after it: its last row gives the next token."""
-        return self.start + self.count == self.sequence.num_tokens
+    is_last: bool
+    is_pending: bool
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Scheduler:
             holding=sequence.holding.fork(),
             arrival=arrival,
             deadline_s=sequence.deadline_s,
+            most=sequence.most,
             state=State.RUNNING,
         )
         insort(self.running, other, key=_arrival)
@@ -125,7 +127,8 @@ class Scheduler:
             if victim is sequence:
                 return
         start = sequence.num_computed
-        step.chunks.append(Chunk(sequence, start, count, sequence.holding.grow(count)))
+        copies, is_last = sequence.holding.grow(count), start + count == sequence.num_tokens
+        step.chunks.append(Chunk(sequence, start, count, copies, is_last, is_last and sequence.num_pending > 0))
         step.budget -= count
 
     def _admit(self, step: Step) -> None:

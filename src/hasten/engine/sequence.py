@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ class State(enum.Enum):
 class Sequence:
     """Tokens known so far, of the prompt and new ones, and how many of them are computed.
 
+    num_pending: new tokens that are chosen, but not yet read from the device: they count as known, and `tokens` ends
+    before them. most: tokens that are ever computed; the last new one is not.
     arrival: (request, continuation of it): earlier ones go first, and are preempted last. seats: places in a batch
     that it will take, more than one if it is to be forked. deadline_s: the time, on the scheduler's clock, at which it
     is too late. owner: whose it is; the scheduler does not look.
@@ -32,13 +35,15 @@ class Sequence:
     seats: int = 1
     deadline_s: float | None = None
     owner: Any = None
+    most: int = sys.maxsize
+    num_pending: int = 0
     state: State = field(default=State.WAITING)
     num_preemptions: int = 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens known so far."""
-        return len(self.tokens)
+        return len(self.tokens) + self.num_pending
 
     @property
     def num_computed(self) -> int:
@@ -47,8 +52,8 @@ class Sequence:
 
     @property
     def num_left(self) -> int:
-        """Tokens to compute before the next one can be chosen; 1 while decoding."""
-        return self.num_tokens - self.num_computed
+        """Tokens to compute before the next one can be chosen; 1 while decoding, 0 when nothing is to come."""
+        return min(self.num_tokens, self.most) - self.num_computed
 
 
 __all__ = ["Sequence", "State"]
