@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from hasten.cli import convert_gqa
+from hasten.cli import convert_gqa, convert_long
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Turn a checkpoint into one of another architecture."
@@ -21,3 +21,5 @@ def kinds() -> None:
 
 # one line a kind: app.command()(convert_<kind>.<kind>)
 app.command()(convert_gqa.gqa)
+app.command()(convert_long.longformer)
+app.command()(convert_long.led)

@@ -11,7 +11,7 @@ from typing import Any
 from hasten.convert.report import Report
 
 #: converter -> the file here that holds it
-_HOMES: dict[str, str] = {"to_gqa": "gqa", "to_mha": "gqa"}
+_HOMES: dict[str, str] = {"to_gqa": "gqa", "to_mha": "gqa", "to_longformer": "longformer", "to_led": "led"}
 
 __all__ = ["Report", *_HOMES]
 
