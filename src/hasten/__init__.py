@@ -19,6 +19,7 @@ from hasten.ops.kv import ContiguousKV, PagedKV, RingKV, common_prefix
 from hasten.ops.merge import merge
 
 if TYPE_CHECKING:
+    from hasten import convert
     from hasten.engine import Engine, Sampling
     from hasten.models.accelerate import accelerate
 
@@ -43,19 +44,23 @@ __all__ = [
     "append_kv",
     "attention",
     "common_prefix",
+    "convert",
     "decode_attention",
     "explain",
     "merge",
 ]
 
 _LAZY = {"Engine": "hasten.engine", "Sampling": "hasten.engine", "accelerate": "hasten.models"}
+_LAZY_MODULES = ("convert",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"hasten.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'hasten' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, *_LAZY_MODULES])

@@ -9,5 +9,6 @@ TENSOR_FUNCTIONS = ("attention", "merge", "decode_attention", "append_kv")  # ea
 REPORTS = ("explain",)  # takes what attention takes and says so
 MODELS = ("accelerate",)
 GENERATION = ("Engine", "Sampling")
+CONVERSION = ("convert",)  # a module, loaded when first used
 
-PUBLIC_NAMES = {*MASKS, *BIASES, *CACHES, *TENSOR_FUNCTIONS, *REPORTS, *MODELS, *GENERATION}
+PUBLIC_NAMES = {*MASKS, *BIASES, *CACHES, *TENSOR_FUNCTIONS, *REPORTS, *MODELS, *GENERATION, *CONVERSION}
