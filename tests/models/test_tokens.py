@@ -87,3 +87,9 @@ def test_bad_masks_are_named(given, words):
 def test_a_list_is_no_mask():
     with pytest.raises(ArgumentTypeError, match="attention_mask"):
         read([1] * 12)
+
+
+def test_values_that_came_unseen_are_named_when_they_are_read(monkeypatch):
+    monkeypatch.setattr("hasten.models.tokens._expect_values", lambda *_: None)  # as for masks on a GPU
+    with pytest.raises(ArgumentError, match="attention_mask: expected values 0, 1 and 2, got values from 1 to 3"):
+        read(torch.tensor([[1, 3] + [1] * 10] * 3))

@@ -101,6 +101,11 @@ def from_additive(attention_mask: Tensor) -> Tokens:
 def _read(codes: Tensor) -> Tokens:
     """By values: what is the same for all rows, and what needs no mask, costs nothing later."""
     values, device = codes.cpu(), codes.device  # the one wait for the device
+    if values.numel() and not (
+        int(values.min()) >= PADDING and int(values.max()) <= GLOBAL
+    ):  # from a GPU, not yet seen
+        got = f"values from {int(values.min())} to {int(values.max())}"
+        raise ArgumentError("attention_mask", "values 0, 1 and 2", got, "0 is padding, 1 a token, 2 a global token")
     real, is_global = values != PADDING, values == GLOBAL
     counts = is_global.sum(1)
     room = int(counts.max()) if counts.numel() else 0
