@@ -379,7 +379,7 @@ def test_a_reader_that_leaves_cancels_its_request():
 
 def test_a_storm_of_requests_and_cancels_from_many_threads_leaves_nothing_behind():
     problems = []
-    with engine(num_pages=12, max_batch_tokens=16) as made:
+    with engine(num_pages=6, max_batch_tokens=16) as made:  # three forks of 31 tokens do not fit, whatever else runs
 
         def customer(seed):
             draw = random.Random(seed)
@@ -406,7 +406,7 @@ def test_a_storm_of_requests_and_cancels_from_many_threads_leaves_nothing_behind
         for thread in threads:
             thread.join()
         made.check_integrity()
-        assert not problems and made.stats().num_free_pages == (12,) and made.stats().num_preemptions > 0
+        assert not problems and made.stats().num_free_pages == (6,) and made.stats().num_preemptions > 0
 
 
 def test_a_prompt_that_cannot_be_served_is_named_and_the_others_go_on():
