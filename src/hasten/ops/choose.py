@@ -15,10 +15,9 @@ from hasten import config
 from hasten.errors import ArgumentError, UnsupportedError
 from hasten.ops.call import Call, Gradients
 
-#: the implementations, and for each device type the order in which they are asked. "hopper" serves by name only,
-#: until its forward and backward have passed tests/ops/hopper together on a GPU; then it comes first there.
+#: the implementations, and for each device type the order in which they are asked
 NAMES = ("hopper", "portable", "blockwise", "reference")
-ORDER = {"cuda": ("portable", "blockwise", "reference")}
+ORDER = {"cuda": ("hopper", "portable", "blockwise", "reference")}
 ORDER_ELSEWHERE = ("blockwise", "reference")
 
 
