@@ -12,7 +12,9 @@ pytest.importorskip("triton", reason="needs triton")
 import hasten
 from hasten.masks import Causal, Full, Global, Mask, Window
 from hasten.ops.call import Call
-from hasten.ops.hopper.backward_launch import Sizes, Workspace, _dsinks
+from hasten.ops.hopper.backward_launch import Sizes, Workspace, _dsinks, loadable
+from hasten.ops.hopper.envelope import untouchable
+from tests.ops.cases import laid_out
 
 MASKS = {"full": Full(), "causal": Causal(), "lists": Window(5, 5) | Global((0,))}
 
@@ -49,6 +51,15 @@ def test_every_tile_is_one_item_and_those_of_a_pair_ascend(
         assert tile == last.get(pair, -1) + 1
         last[pair] = tile
     assert last == dict.fromkeys(range(num_pairs), num_tiles - 1)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "heads_first", "misaligned", "ones", "every_second", "sliced_dim"])
+def test_an_output_gradient_that_tma_cannot_read_is_copied(layout: str) -> None:
+    values = torch.randn(2, 9, 3, 16).bfloat16()
+    dout = laid_out(values, layout)
+    read = loadable(dout)
+    assert untouchable("dout", read) is None and torch.equal(read, dout)
+    assert (read is dout) is (layout in ("contiguous", "heads_first"))
 
 
 def test_dsinks_from_the_row_statistics() -> None:

@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from hasten.ops.call import Call, Gradients
 from hasten.ops.hopper.backward import attention_backward
 from hasten.ops.hopper.backward_rows import backward_after, backward_before
+from hasten.ops.hopper.envelope import untouchable
 from hasten.ops.launching import TENSOR, Described, Launch
 from hasten.ops.tiles import as_band, tile_lists
 
@@ -234,7 +235,7 @@ def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> Gradients:
     """Gradients, as `call.py` says; dk and dv are the same in every run, dq is if the call is deterministic."""
-    dout = dout if _is_loadable(dout) else dout.contiguous()
+    dout = loadable(dout)
     sizes = Sizes.of(q, k, v, (dout, out, lse, dlse), call)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     space = Workspace.make(sizes, q.device, is_read=call.sinks is not None)
@@ -285,14 +286,11 @@ def _aligned(tensor: Tensor, dim: int) -> int:
     return tensor.stride(dim) if tensor.shape[dim] > 1 else 8 * tensor.shape[-1]
 
 
-def _is_loadable(tensor: Tensor) -> bool:
-    """Whether TMA can read it: 16-byte aligned base, rows and heads."""
-    strides = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    return (
-        tensor.stride(-1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(size == 1 or (stride > 0 and stride * tensor.element_size() % 16 == 0) for size, stride in strides)
-    )
+def loadable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it if TMA cannot read it: new memory, since what is contiguous may be misaligned."""
+    if untouchable("dout", tensor) is None:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
