@@ -59,7 +59,8 @@ def quantize(rows: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> 
     most = QUANTIZED[dtype]
     wide = rows.float()
     if scales is None:
-        scales = wide.abs().amax(-1) / most
+        largest = wide.abs().amax(-1)
+        scales = largest / largest.new_full((), most)  # by a number, CUDA would multiply by its rounded reciprocal
     divided = wide / torch.where(scales == 0.0, 1.0, scales).unsqueeze(-1)
     divided = divided.clamp(-most, most)
     return (divided.round() if dtype == torch.int8 else divided).to(dtype), scales

@@ -17,7 +17,7 @@ from tests.ops.portable.compiling import SHARED_LIMIT, Compiled, compile_launche
 
 pytestmark = pytest.mark.compiler
 BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
-# arch, head_dim, group_size, queries, dtype of the cache, shared prefix
+# arch, head_dim, group_size, queries, dtype of the cache, shared prefix, and dtype of queries over 8 bits
 CASES = [
     (80, 128, 4, 1, BF16, 0),
     (80, 256, 32, 1, INT8, 0),
@@ -27,6 +27,12 @@ CASES = [
     (90, 256, 4, 1, BF16, 4096),
     (90, 128, 4, 64, BF16, 0),
     (90, 128, 4, 1, FP8, 0),
+    (90, 128, 4, 1, INT8, 0, torch.float16),
+    (90, 128, 32, 1, INT8, 0, torch.float16),
+    (80, 256, 32, 1, INT8, 0, torch.float16),
+    (90, 128, 4, 64, INT8, 0, torch.float16),
+    (90, 128, 4, 1, FP8, 4096, torch.float16),
+    (90, 64, 1, 1, INT8, 0, torch.float16),
     (90, 128, 8, 1, torch.float32, 0),
     (90, 256, 16, 4, BF16, 0),
     (100, 128, 16, 4, BF16, 0),
@@ -34,14 +40,16 @@ CASES = [
 ]
 
 
-def compiled(arch: int, head_dim: int, group: int, queries: int, dtype: torch.dtype, prefix: int) -> list[Compiled]:
+def compiled(
+    arch: int, head_dim: int, group: int, queries: int, dtype: torch.dtype, prefix: int, wide: torch.dtype = BF16
+) -> list[Compiled]:
     """Both kernels of a call over a paged cache, split into groups of units."""
     pages = torch.empty(1024, 16, 8, head_dim, dtype=dtype)
     scales = torch.empty(pages.shape[:3]) if dtype in (INT8, FP8) else None
     batch = 64 if prefix else 2
     ints = (torch.empty(batch, 512, dtype=torch.int32), torch.empty(batch, dtype=torch.int32))
     keys = PagedKV(pages, torch.empty_like(pages), *ints, scales, scales)
-    q = torch.empty(batch, queries, 8 * group, head_dim, dtype=BF16 if scales is not None else dtype)
+    q = torch.empty(batch, queries, 8 * group, head_dim, dtype=wide if scales is not None else dtype)
     call = DecodeCall(softmax_scale=0.1, max_seqlen_q=queries, right=0, shared_prefix=prefix)
     plan = decode_launch.plan_for(q, keys, call)
     if plan.units:

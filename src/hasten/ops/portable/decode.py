@@ -118,7 +118,11 @@ def _key_tile(state, q, k, v, k_scale, v_scale, keep, slope, positions, keys, te
     if v_scale is not None:
         p = p * v_scale[None, :]
         if q.dtype != tl.float32:  # in float16 a small scale would leave p without bits
-            return tl.dot(p.to(tl.bfloat16), v.to(tl.bfloat16), acc * rescale[:, None]), new_max, row_sum
+            high, wide_v = p.to(tl.bfloat16), v.to(tl.bfloat16)
+            acc = tl.dot(high, wide_v, acc * rescale[:, None])
+            if q.dtype == tl.float16:  # whose three bits more than bfloat16 are in what rounding left over
+                acc = tl.dot((p - high.to(tl.float32)).to(tl.bfloat16), wide_v, acc)
+            return acc, new_max, row_sum
     acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * rescale[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
 

@@ -99,15 +99,18 @@ def _num_programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tile_for(element_size: int, block_d: int, block_m: int, is_split: bool, gpu: Limits | None) -> Tile:
+def tile_for(
+    element_size: int, block_d: int, block_m: int, is_split: bool, gpu: Limits | None, is_halved: bool = False
+) -> Tile:
     """The line of the table for a padded head_dim and rows, made to fit the shared memory of the GPU.
 
-    Not `is_split`: chunks of prompts and shared prefixes, which keep one state and not two.
+    Not `is_split`: chunks of prompts and shared prefixes, which keep one state and not two. `is_halved`: probabilities
+    are two numbers, as under float16 queries over 8 bits.
     """
     line = TABLE[min(key for key in TABLE if key[0] == element_size and key[1] >= block_d)]
     generation = "ampere" if gpu is None else gpu.generation
     has_room = generation != "ampere" and block_d <= 128  # registers of four warps
-    if block_m >= 64 and element_size == 1:  # numbers of 8 bits are widened in registers
+    if element_size == 1 and (block_m >= 64 or is_halved):  # numbers of 8 bits are widened in registers
         line = replace(line, block_n=32)
     is_medium = is_split and block_m == 32
     if is_medium and (element_size, block_d) == (2, 128):  # fewer registers than with eight warps: three programs an SM
@@ -130,7 +133,9 @@ def plan_for(q: Tensor, keys: KV, call: DecodeCall) -> Plan:
     is_split = call.max_seqlen_q <= MOST_SPLIT
     is_wide = block_d > 128 or q.element_size() > 2
     block_m = min(MOST_ROWS // 2 if is_split and is_wide else MOST_ROWS, _padded(rows))  # two states, no spills
-    line = tile_for(keys.keys.element_size(), block_d, block_m, is_split, limits(q.device))
+    stored = keys.keys.element_size()
+    is_halved = stored == 1 and q.dtype == torch.float16
+    line = tile_for(stored, block_d, block_m, is_split, limits(q.device), is_halved)
     if not is_split:
         return Plan(0, block_m, line)
     tiles = -(-rows // block_m) * sizes.num_kv_heads
@@ -140,7 +145,7 @@ def plan_for(q: Tensor, keys: KV, call: DecodeCall) -> Plan:
     prefix_units, prefix_tile = 0, None
     if call.shared_prefix:
         prefix_rows = min(MOST_ROWS, _padded(rows * sizes.batch))
-        prefix_tile = tile_for(keys.keys.element_size(), block_d, prefix_rows, False, limits(q.device))
+        prefix_tile = tile_for(stored, block_d, prefix_rows, False, limits(q.device), is_halved)
         shared_tiles = -(-rows * sizes.batch // MOST_ROWS) * sizes.num_kv_heads
         is_full_prefix = shared_tiles * -(-call.shared_prefix // (UNIT * GROUP)) >= _num_programs(q.device) // 2
         prefix_units = GROUP if is_full_prefix else 1
