@@ -21,7 +21,6 @@ from hasten.ops import attention as public
 from hasten.ops import choose, hopper, portable
 from hasten.ops.call import Call
 from hasten.ops.hopper import launch
-from hasten.ops.hopper.envelope import outside
 from tests.ops import promises, tables
 from tests.ops.cases import Case, call, check, make, solve
 
@@ -48,6 +47,12 @@ PACKED = [
     for head_dim in (64, 128, 256)
     for kind in ("full", "causal", "window")
 ]  # fmt: skip
+LARGE = [
+    Case(name=f"{kind}-{head_dim}", batch=2, seqlen_q=2048, num_heads=16, num_kv_heads=4, head_dim=head_dim,
+         mask=MASKS[kind], lengths=PACKED[0].lengths if kind == "window" else None)
+    for head_dim in (64, 128, 256)
+    for kind in ("causal", "longformer", "window")
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -57,7 +62,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     real = portable.forward
 
     def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        if outside(q, k, v, call) is not None:
+        if hopper.refuses(q, k, v, call) is not None:
             return real(q, k, v, call)
         count.append(1)
         return launch.forward(q, k, v, call)
@@ -154,6 +159,12 @@ def test_a_hundred_launches_that_fill_the_gpu_are_equal(head_dim: int, served: l
     assert len(served) == 101
 
 
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_a_hundred_deterministic_runs_are_equal(case: Case, served: list[int]) -> None:
+    """Outputs and all gradients, asked for by the public function; more tiles than programs but for the packed ones."""
+    promises.runs_repeat(case, 100, "hopper", torch.bfloat16, "cuda")
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "row", "head"])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_offsets_are_wide(name: str, dim: int, served: list[int]) -> None:
@@ -213,6 +224,7 @@ def chosen(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64, q: Tensor | 
 
 def test_it_is_chosen_first_and_not_where_it_refuses(served: list[int]) -> None:
     assert chosen() == "hopper" and chosen(head_dim=72) == "hopper" and chosen(torch.float16) == "hopper"
+    assert chosen(deterministic=True) == "hopper"
     assert chosen(softcap=5.0, sinks=torch.zeros(4, device="cuda")) == "hopper"
     far = torch.randn(1 + 2 * 100 * 4 * 64, device="cuda", dtype=torch.bfloat16)[1:].view(2, 100, 4, 64)
     refused = {
@@ -220,7 +232,6 @@ def test_it_is_chosen_first_and_not_where_it_refuses(served: list[int]) -> None:
         "head_dim": {"head_dim": 12},
         "bias": {"bias": torch.zeros(100, 100, device="cuda")},
         "dropout": {"dropout_p": 0.1},
-        "deterministic": {"deterministic": True},
         "start at a multiple": {"q": far},
         "strides": {"q": torch.randn(2, 100, 1, 64, device="cuda", dtype=torch.bfloat16).expand(2, 100, 4, 64)},
     }
@@ -238,8 +249,8 @@ def test_forward_and_backward_together(kind: str, head_dim: int, served: list[in
     case = Case(name=kind, batch=2, seqlen_q=333, num_heads=4, num_kv_heads=2, head_dim=head_dim, mask=MASKS[kind])
     problem = make(case, torch.bfloat16, "cuda")
     want = solve(problem.to(torch.float64), lambda own: call(own, "reference"))
-    for _ in range(2):
-        got = solve(problem, lambda own: call(own, "hopper"))
+    for deterministic in (False, False, True, True):
+        got = solve(problem, lambda own, chosen=deterministic: call(own, "hopper", deterministic=chosen))
         for name, exact in want.items():
             shown = torch.where(exact.isfinite(), got[name].double() - exact, 0.0).norm()
             assert shown <= 1e-2 * torch.where(exact.isfinite(), exact, 0.0).norm(), name

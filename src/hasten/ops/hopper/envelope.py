@@ -51,13 +51,6 @@ def untouchable(name: str, tensor: Tensor) -> str | None:
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
     """Why the call is outside the envelope, or None."""
-    if call.deterministic:
-        return "not deterministic: dq is summed in an order that changes from run to run"
-    return outside(q, k, v, call)
-
-
-def outside(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
-    """Why the kernels cannot compute the call, or None; the forward repeats bit for bit, the backward does not."""
     reason = version_refusal()
     if reason or q.device.type != "cuda" or not _is_hopper(q.device):
         return reason or f"written for Hopper (compute capability 9.0), q is on {q.device}"
