@@ -31,6 +31,7 @@ TERMS = {
     "softcap": {"mask": Causal(), "softcap": 20.0},
     "packed": {"mask": Causal(), "cu_seqlens_q": BOUNDS, "cu_seqlens_k": BOUNDS},
     "deterministic": {"mask": Causal(), "deterministic": True},
+    "lists deterministic": {"mask": Window(64, 64) | Global((0,)), "deterministic": True},
 }
 # Bytes that ptxas says it spills: scalars, written once a tile. In the loops over blocks, what is read or written
 # there a thread and block: nothing, but for windows, lists and the soft cap, which need a few registers more.
@@ -38,7 +39,7 @@ MOST_SPILLED, MOST_IN_LOOP = 352, 16
 CASES = [
     *[(head_dim, terms) for head_dim in (64, 256) for terms in ("full", "causal", "softcap")],
     *[(128, terms) for terms in TERMS],
-    (256, "lists"),
+    *[(head_dim, "lists") for head_dim in (64, 256)],
 ]
 
 

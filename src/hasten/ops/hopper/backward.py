@@ -304,7 +304,7 @@ def consume_tiles(
 @gluon.jit(do_not_specialize=LENGTHS)
 def attention_backward(
     q_desc, k_desc, v_desc, dout_desc, stats_desc, dq_desc, dk_desc, dv_desc,
-    turns, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists, rows, band, terms,
+    turns, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists, rows, ranked, band, terms,
     num_tiles, num_pairs, pairs_of_group, num_groups, num_kv_heads, seqlen_q, seqlen_k, num_blocks, group_size,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr, MASKED: gl.constexpr,
     ORDER: gl.constexpr, ORDERED: gl.constexpr,
@@ -313,10 +313,22 @@ def attention_backward(
 
     stats_desc: (heads * blocks, 2 * BLOCK_M) lse in units of log2, +inf where a row sees nothing, and delta.
     dq_desc: float32 (heads * blocks * BLOCK_M * D / 64, 64), in the order of `fragments`; num_blocks a head.
+    ranked: int32 (num_tiles,), the order in which tiles are taken, or None for ascending ones.
     turns: int32 (heads * blocks), counter: int32 (1,), both 0. Persistent: one program for each multiprocessor.
     """
     order = (num_tiles, num_pairs, pairs_of_group, num_groups, num_kv_heads)
-    problem = (cu_seqlens_q, cu_seqlens_k, key_range, lists, band, order, (seqlen_q, seqlen_k), num_blocks, rows)
+    problem = (
+        cu_seqlens_q,
+        cu_seqlens_k,
+        key_range,
+        lists,
+        band,
+        order,
+        (seqlen_q, seqlen_k),
+        num_blocks,
+        rows,
+        ranked,
+    )
     WIDE: gl.constexpr = BLOCK_N == 64
     q_buf, dout_buf, k_buf, v_buf = ring(q_desc, AHEAD + 1), ring(dout_desc, AHEAD), ring(k_desc, 2), ring(v_desc, 2)
     stats_buf, dq_buf = ring(stats_desc, AHEAD + 1), ring(dq_desc, 2)

@@ -197,14 +197,15 @@ def plan_main(sizes: Sizes, num_programs: int) -> Launch:
     keys = Described(partial(describe_rows, rows=64, columns=part))
     stats = Described(partial(describe_plain, block=(1, 2 * tile.block_m)))
     sums = Described(partial(describe_plain, block=(min(64, tile.block_m * columns // 128), 64)))
-    by_column = by_row = None
+    by_column = by_row = ranked = None
     if sizes.band is None:
         by_column = ((TENSOR,) * 4) + sizes.list_strides(num_tiles_k)
         by_row = ((TENSOR,) * 2) + sizes.list_strides(num_tiles_q)
+        ranked = None if sizes.deterministic else TENSOR  # a deterministic call relies on tiles that ascend
     num_pairs = sizes.num_kv_heads * sizes.batch
     arguments = (
         rows, keys, keys, rows, stats, sums, keys, keys, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR,
-        by_column, by_row, sizes.band or (None, None), (sizes.softmax_scale, sizes.softcap),
+        by_column, by_row, ranked, sizes.band or (None, None), (sizes.softmax_scale, sizes.softcap),
         num_tiles_k, num_pairs, *sizes.groups(num_programs), sizes.num_kv_heads, sizes.max_seqlen_q,
         sizes.max_seqlen_k, sizes.num_blocks, sizes.num_heads // sizes.num_kv_heads,
     )  # fmt: skip
@@ -250,13 +251,14 @@ def backward(
 
 
 def _visits(sizes: Sizes, call: Call, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """(lists along columns of tiles and along rows, real keys of each sequence), as far as the mask has them."""
+    """(lists along columns of tiles and along rows and the order, real keys of each sequence), as the mask has them."""
     band = as_band(call.mask)
     if band is not None:
         return (), None if band.padding is None else band.padding.key_range(call.max_seqlen_k, device)
     lengths = (call.max_seqlen_q, call.max_seqlen_k, sizes.tile.block_m, sizes.tile.block_n)
     lists = tile_lists(call.mask, sizes.batch, sizes.num_heads, *lengths, device)
-    return (lists.col_ptr, lists.col_index, lists.col_bits, lists.bits, lists.row_ptr, lists.row_index), None
+    both = (lists.col_ptr, lists.col_index, lists.col_bits, lists.bits, lists.row_ptr, lists.row_index)
+    return both if sizes.deterministic else (*both, lists.col_order), None
 
 
 def describe_rows(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -1,7 +1,8 @@
 """Which tile of keys a program of the backward works on next, and how its partitions learn of it.
 
 An item is one tile of keys of one K/V head of one sequence. A group of pairs of sequence and head is worked on
-together, the first tiles of all of them first, which under a causal mask are the longest; one last group has the rest.
+together, the first tiles of all of them first, which under a causal mask are the longest (lists have their order, but
+in a deterministic call, which needs tiles that ascend); one last group has the rest.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ def find(item, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """(rows of q, rows of k, (sequence, tile), K/V head, real keys, (first block of rows, blocks a head)) of an item.
 
     problem: (cu_seqlens_q, cu_seqlens_k, key range, lists, band, (tiles, pairs, pairs of a group, groups, K/V heads),
-    (seqlen_q, seqlen_k), blocks of rows a head, lists along rows). Rows: (batch, first row, length).
+    (seqlen_q, seqlen_k), blocks of rows a head, lists along rows, tiles as ranked). Rows: (batch, first row, length).
     """
-    cu_seqlens_q, cu_seqlens_k, key_range, _lists, _band, order, lengths, num_blocks, _rows = problem
+    cu_seqlens_q, cu_seqlens_k, key_range, _lists, _band, order, lengths, num_blocks, _rows, ranked = problem
     num_tiles, num_pairs, pairs_of_group, num_groups, num_kv_heads = order
     group = gl.minimum(item // (pairs_of_group * num_tiles), num_groups)
     first_pair = group * pairs_of_group
     pairs = gl.maximum(gl.where(group < num_groups, pairs_of_group, num_pairs - first_pair), 1)
     inside = item - first_pair * num_tiles
     tile, pair = inside // pairs, first_pair + inside % pairs
+    if ranked is not None:
+        tile = gl.load(ranked + tile)
     number, kv_head = pair // num_kv_heads, pair % num_kv_heads
     at_q = sequence(cu_seqlens_q, number, lengths[0])
     at_k = sequence(cu_seqlens_k, number, lengths[1])

@@ -138,7 +138,7 @@ def plan(sizes: Sizes, line: Tile, num_programs: int) -> Launch:
     columns = sizes.columns
     rows, keys = (Described(partial(describe, rows=size, columns=columns)) for size in (64, line.block_n))
     outs = Described(partial(describe, rows=64, columns=min(columns, _STAGED_COLUMNS)))
-    lists = None if sizes.band is not None else (TENSOR,) * 5
+    lists = None if sizes.band is not None else (TENSOR,) * 6
     arguments = (
         rows, keys, keys, outs, TENSOR, TENSOR, TENSOR, TENSOR,
         TENSOR, TENSOR, TENSOR, lists, sizes.softmax_scale, sizes.softcap,
@@ -175,7 +175,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     if sizes.band is None:
         lengths = (call.max_seqlen_q, call.max_seqlen_k, line.block_m, line.block_n)
         found = tile_lists(call.mask, sizes.batch, sizes.num_heads, *lengths, device)
-        lists = (found.row_ptr, found.row_index, found.row_bits, found.bits, found.keys_seen)
+        lists = (found.row_ptr, found.row_index, found.row_bits, found.bits, found.keys_seen, found.row_order)
     else:
         band = as_band(call.mask)
         if band is not None and band.padding is not None:

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from hasten.ops.hopper.bridge import FIRST_BARRIER, barrier_sync, tma_load
-from hasten.ops.hopper.schedule import dense_place, item_visits, packed_place, take
+from hasten.ops.hopper.schedule import dense_place, item_visits, packed_place, ranked_tile, take
 from hasten.ops.hopper.visits import partial_entry, visited
 
 
@@ -39,8 +39,8 @@ def _next_place(item, base, before, where, order, options: gl.constexpr):
     """(sequence, head, tile, base, before) of an item, in either layout."""
     num_tiles, num_heads, num_sequences, heads_per_group, num_groups, _group_size = order
     if where[0] is None:
-        number, head, tile = dense_place(item, num_tiles, num_heads, num_sequences, heads_per_group, num_groups)
-        return number, head, tile, base, before
+        number, head, rank = dense_place(item, num_tiles, num_heads, num_sequences, heads_per_group, num_groups)
+        return number, head, ranked_tile(where[3], rank, num_tiles), base, before
     else:
         return packed_place(item, where[0], base, before, num_heads, num_sequences, 64 * options[2])
 

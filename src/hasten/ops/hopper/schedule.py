@@ -29,7 +29,7 @@ def take(counter, num_programs):
 
 @gluon.jit
 def dense_place(item, num_tiles, num_heads, batch, heads_per_group, num_groups):
-    """(sequence, head, tile) of an item where all sequences have one length; sequence -1 after the last.
+    """(sequence, head, rank of the tile) of an item where all sequences have one length; sequence -1 after the last.
 
     `num_groups` groups of `heads_per_group` heads come first, then one of all the others.
     """
@@ -40,7 +40,16 @@ def dense_place(item, num_tiles, num_heads, batch, heads_per_group, num_groups):
     width = gl.maximum(width, 1)
     both = first + rest % width
     number = gl.where(item < num_tiles * num_heads * batch, both // num_heads, -1)
-    return number, both % num_heads, num_tiles - 1 - rest // width
+    return number, both % num_heads, rest // width
+
+
+@gluon.jit
+def ranked_tile(lists, rank, num_tiles):
+    """The tile of rows of a rank: lists have their order, longest first; under a causal mask the last is longest."""
+    if lists is None:
+        return num_tiles - 1 - rank
+    else:
+        return gl.load(lists[5] + gl.minimum(rank, num_tiles - 1))
 
 
 @gluon.jit

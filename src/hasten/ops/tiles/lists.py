@@ -53,6 +53,16 @@ class TileLists:
         """int32 (maps, block_n // 32): bit n % 32 of word [., n // 32] is whether any row sees key n of the tile."""
         return _any_row(self.bits)
 
+    @cached_property
+    def row_order(self) -> Tensor:
+        """int32 (num_rows,): the rows of tiles, those with most visits over all tables first, equals ascending."""
+        return _longest_first(self.row_ptr.view(self.batch * self.heads, self.num_rows, 3))
+
+    @cached_property
+    def col_order(self) -> Tensor:
+        """int32 (num_cols,): the columns of tiles, ordered like the rows."""
+        return _longest_first(self.col_ptr.view(self.batch * self.heads, self.num_cols, 3))
+
     @property
     def density(self) -> float:
         """Tiles visited / all tiles."""
@@ -101,6 +111,11 @@ def build_tile_lists(
     rows = _layout(full, partial, tile, numbers, by_column=False)
     cols = _layout(full, partial, tile, numbers, by_column=True)
     return TileLists(*shape, block_m, block_n, *rows, *cols, bits)
+
+
+def _longest_first(ptr: Tensor) -> Tensor:
+    visits = (ptr[..., 2] - ptr[..., 0]).sum(0)
+    return visits.argsort(descending=True, stable=True).to(torch.int32)
 
 
 def _any_row(bits: Tensor) -> Tensor:
