@@ -50,6 +50,8 @@ class PagePool:
         self.num_pages, self.page_size = num_pages, page_size
         self.evictor: Evictor | None = None
         self._counts = [0] * (num_pages + 1)
+        self._kept = [0] * (num_pages + 1)  # how many of these holds are an evictor's (`keep`)
+        self._num_idle = 0
         self._free = list(range(num_pages, 0, -1))  # the last given back is the next given out: it is warm
 
     @property
@@ -61,6 +63,32 @@ class PagePool:
     def num_available(self) -> int:
         """Pages that `allocate` could give: the free ones and those an evictor would part with."""
         return self.num_free + (0 if self.evictor is None else self.evictor.num_evictable())
+
+    @property
+    def num_idle(self) -> int:
+        """Pages that nobody holds but by `keep`: what a prompt cache could part with."""
+        return self._num_idle
+
+    def is_idle(self, page: int) -> bool:
+        """True if nobody holds this page but by `keep`."""
+        return 0 < self._kept[page] == self._counts[page]
+
+    def keep(self, page: int) -> None:
+        """Hold a page once more, ready to part with it; the null page is passed over."""
+        if page != NULL_PAGE:
+            assert self._counts[page] > 0, f"page {page} is free and cannot be kept"
+            self._counts[page] += 1
+            self._kept[page] += 1
+
+    def drop(self, page: int) -> None:
+        """Take a `keep` back; whoever was the last makes the page free. The null page is passed over."""
+        if page != NULL_PAGE:
+            assert self._kept[page] > 0, f"page {page} was not kept"
+            self._num_idle -= int(self._kept[page] == self._counts[page] == 1)
+            self._counts[page] -= 1
+            self._kept[page] -= 1
+            if self._counts[page] == 0:
+                self._free.append(page)
 
     def count(self, page: int) -> int:
         """How many hold this page."""
@@ -82,6 +110,7 @@ class PagePool:
         for page in pages:
             if page != NULL_PAGE:
                 assert self._counts[page] > 0, f"page {page} is free and cannot be shared"
+                self._num_idle -= int(self.is_idle(page))
                 self._counts[page] += 1
 
     def free(self, pages: Iterable[int]) -> None:
@@ -90,6 +119,8 @@ class PagePool:
             if page != NULL_PAGE:
                 assert self._counts[page] > 0, f"page {page} is free and was given back again"
                 self._counts[page] -= 1
+                assert self._counts[page] >= self._kept[page], f"page {page} is kept, and was given back by another"
+                self._num_idle += int(self.is_idle(page))
                 if self._counts[page] == 0:
                     self._free.append(page)
 
@@ -101,6 +132,8 @@ class PagePool:
         assert self._counts[NULL_PAGE] == 0, "somebody holds the null page"
         for page in range(1, self.num_pages + 1):
             assert (self._counts[page] == 0) == (page in free), f"page {page}: held {self._counts[page]} times and free"
+        idle = sum(self.is_idle(page) for page in range(1, self.num_pages + 1))
+        assert idle == self._num_idle, f"{self._num_idle} pages counted as idle, {idle} are"
         if holders is not None:
             held = Counter(page for pages in holders for page in pages if page != NULL_PAGE)
             for page in range(1, self.num_pages + 1):
@@ -152,16 +185,19 @@ class Table:
         """Another sequence with the same tokens so far, in the same pages."""
         other = Table(self.pool, self.window)
         other.adopt(self.pages, self.num_tokens)
-        other._num_slid = self._num_slid
         return other
 
     def adopt(self, pages: Iterable[int], num_tokens: int) -> None:
-        """Begin with tokens that others have written, in pages that they hold and this now holds too."""
+        """Begin with tokens that others have written, in pages that they hold and this now holds too.
+
+        With a window, null pages may stand for those at the front that no token sees any more.
+        """
         assert not self.pages, "a table that holds pages cannot adopt others"
         self.pages = list(pages)
         assert len(self.pages) == -(-num_tokens // self.pool.page_size), f"{len(self.pages)} pages, {num_tokens} tokens"
         self.pool.share(self.pages)
         self.num_tokens = num_tokens
+        self._num_slid = next((place for place, page in enumerate(self.pages) if page != NULL_PAGE), len(self.pages))
 
     def truncate(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens`, and give back what only they needed.
