@@ -20,10 +20,11 @@ class Desk:
     def __init__(self, num_pages=16, page_size=4, budget=8, seats=4, windows=(None,)):
         self.ledger = Ledger(windows, [num_pages] * len(windows), page_size)
         self.scheduler = Scheduler(self.ledger, max_batch_tokens=budget, max_running=seats)
-        self.wanted, self.computed, self.count = {}, {}, 0
+        self.wanted, self.computed, self.count, self.random = {}, {}, 0, random.Random(0)
 
     def add(self, num_prompt, num_new=4, **options):
         self.count += 1
+        options = {"most": num_prompt + num_new - 1, **options}
         one = Sequence(tokens=[0] * num_prompt, holding=self.ledger.open(), arrival=(self.count, 0), **options)
         self.wanted[one], self.computed[one] = num_prompt + num_new, 0
         self.scheduler.add(one)
@@ -41,7 +42,11 @@ class Desk:
             assert chunk.start == self.computed[one] and chunk.count > 0 and one.state is State.RUNNING
             self.computed[one] += chunk.count
             if chunk.is_last:
-                one.tokens.append(0)
+                num_right = self.random.randint(0, chunk.num_draft)
+                self.computed[one] -= chunk.num_draft - num_right
+                one.holding.truncate(self.computed[one])
+                one.tokens += [0] * (num_right + 1)
+                assert one.num_tokens <= self.wanted[one], "a draft beyond the last token"
                 if one.num_tokens == self.wanted[one]:
                     self.scheduler.finish(one)
         self.check()
@@ -69,7 +74,7 @@ def test_a_prompt_is_cut_where_the_budget_ends_and_decoding_goes_on_beside_it():
     assert desk.step() == [(1, 3, 1), (2, 0, 7)]
     assert desk.step() == [(1, 4, 1), (2, 7, 7)]
     desk.add(9, 1)
-    assert desk.step() == [(1, 5, 1), (2, 14, 6), (3, 0, 1)]
+    assert desk.step() == [(1, 5, 1), (3, 0, 1), (2, 14, 6)]  # single tokens first, in the forward
 
 
 def test_decoding_comes_before_an_earlier_prompt():
@@ -195,6 +200,33 @@ def test_settings_that_contradict_each_other_are_refused(options, message):
         Desk(**options)
 
 
+def test_a_draft_takes_what_is_left_of_the_budget_and_of_the_pages():
+    desk = Desk(budget=8, num_pages=40)
+    one = desk.add(3, 20)
+    desk.step()
+    one.draft = [0] * 5
+    other = desk.add(4, 20)
+    assert sorted(desk.step()) == [(1, 3, 4), (2, 0, 4)]  # a token of each that decodes, the prompt, then the draft
+    one.draft = []
+    other.draft = [0] * 9
+    assert [count for number, _, count in desk.step() if number == 2] == [7]
+    full = Desk(num_pages=1, page_size=4)
+    one = full.add(1, 3)
+    full.step()
+    one.draft, one.most = [0] * 9, 20
+    (chunk,) = full.scheduler.schedule().chunks
+    assert (chunk.start, chunk.count) == (1, 3) and full.scheduler.num_preemptions == 0
+
+
+def test_a_draft_ends_before_the_last_token():
+    desk = Desk(budget=30)
+    one = desk.add(3, 4)
+    desk.step()
+    one.draft = [0] * 9
+    (chunk,) = desk.scheduler.schedule().chunks
+    assert (chunk.start, chunk.count, chunk.num_draft) == (3, 3, 2)  # the fourth new token is never computed
+
+
 @settings(max_examples=150)
 @given(st.integers(0, 2**32), st.sampled_from([(None,), (None, 3), (5,)]))
 def test_any_traffic_comes_to_its_end(seed, windows):
@@ -217,6 +249,8 @@ def test_any_traffic_comes_to_its_end(seed, windows):
                 two = desk.scheduler.fork(one, (one.arrival[0], desk.count))
                 desk.wanted[two], desk.computed[two] = desk.wanted[one], desk.computed[one]
         else:
+            for one in desk.scheduler.running:
+                one.draft = [0] * draw.choice([0, 0, 1, 5])
             desk.step()
         desk.check()
     desk.run()

@@ -22,7 +22,7 @@ class Answer:
     def __init__(
         self, tokenizer: Any, after: Sequence[int], ends: Collection[int], stop: Sequence[str], limit: int
     ) -> None:
-        self._ends, self._limit = frozenset(ends), limit
+        self.ends, self._limit = frozenset(ends), limit
         self._stops = StopStrings(stop)
         self._stream = None if tokenizer is None else TextStream(tokenizer, after)
         self.tokens: list[int] = []
@@ -35,7 +35,7 @@ class Answer:
         With the last token comes all that was held back. An end token has no text.
         """
         self.tokens.append(token)
-        if token in self._ends:
+        if token in self.ends:
             self.stopped_by = token
         is_last = self.stopped_by is not None or len(self.tokens) >= self._limit
         piece = "" if self._stream is None or self.stopped_by is not None else self._through(self._stream.push(token))

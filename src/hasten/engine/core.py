@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hasten.engine import sampler
+from hasten.engine import sampler, speculate
 from hasten.engine.batch import Piece, put
 from hasten.engine.batch_runner import BatchRunner
 from hasten.engine.events import Failed, Finished, Logprobs, Token
-from hasten.engine.launched import Asked, Launched
+from hasten.engine.launched import Asked, Launched, Pick
 from hasten.engine.request import Choice, Request
 from hasten.engine.sampler import NO_TOKEN, Wanted
 from hasten.engine.scheduler import Chunk, Scheduler
@@ -59,6 +59,7 @@ class Core:
         self.requests: dict[int, Request] = {}
         self.num_steps = 0
         self.num_positions = 0  # tokens that went through the model
+        self.num_drafted = self.num_accepted = 0  # tokens computed as a guess, and those of them that came true
 
     @property
     def is_idle(self) -> bool:
@@ -103,6 +104,7 @@ class Core:
         if any(self._needs_tokens(launched) for launched in before):
             before = self._collect(before)
         self._launched = []
+        speculate.propose(self.scheduler.running)
         chunks = self.scheduler.schedule().chunks
         if chunks:
             self._launch(chunks, before)
@@ -117,18 +119,22 @@ class Core:
         work = [(chunk, self._rows(chunk)) for chunk in chunks]
         done, logits = self._apart(partial(self._compute, chosen), work)
         first = 0
-        wanted: list[tuple[Choice, int]] = []
+        wanted: list[Pick] = []
         for chunk, own in done:
             first += len(own)
             self._read_prompt_logprobs(chunk, own, logits, first - len(own))
             if chunk.is_last and chunk.sequence.state is State.RUNNING:
-                wanted += [(choice, first - 1) for choice in self._choices(chunk.sequence)]
+                for choice in self._choices(chunk.sequence):
+                    choice.draft, choice.marks = chunk.sequence.draft[: chunk.num_draft], []
+                    ends = range(chunk.num_draft + 1)
+                    wanted += [Pick(choice, first - len(ends) + place, place) for place in ends]
         if wanted:
             self._choose(wanted, logits)
 
     def _needs_tokens(self, launched: Launched) -> bool:
         """True if the next choice of somebody depends on the tokens so far, which are therefore read first."""
-        return any(not choice.is_done and not sampler.is_free(choice.chooser) for choice, _ in launched.wanted)
+        choices = [pick.choice for pick in launched.wanted if not pick.choice.is_done]
+        return any(one.lookup is not None or not sampler.is_free(one.chooser) for one in choices)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page is free or held by a sequence that is on its way."""
@@ -144,15 +150,12 @@ class Core:
             known = len(request.prompt_logprobs) - 1
             end = min(chunk.start + chunk.count, len(request.prompt) - 1)
             rows = [position - chunk.start for position in range(max(chunk.start, known), end)]
-        return [*rows, chunk.count - 1] if chunk.is_last else rows
+        return [*rows, *range(chunk.count - 1 - chunk.num_draft, chunk.count)] if chunk.is_last else rows
 
     def _compute(self, chosen: Tensor | None, work: Sequence[tuple[Chunk, list[int]]]) -> Tensor:
         pieces = [
             Piece(
-                # in the place of a token that is not read stands a 0, until the runner puts it there
-                ids=[*chunk.sequence.tokens, 0][chunk.start : chunk.start + chunk.count]
-                if chunk.is_pending
-                else chunk.sequence.tokens[chunk.start : chunk.start + chunk.count],
+                ids=_ids(chunk),
                 start=chunk.start,
                 holding=chunk.sequence.holding,
                 rows=rows,
@@ -194,33 +197,35 @@ class Core:
             choice.sequence.owner = choice
         return [first, *forks]
 
-    def _choose(self, wanted: list[tuple[Choice, int]], logits: Tensor) -> None:
+    def _choose(self, wanted: list[Pick], logits: Tensor) -> None:
         """Choose a token for each, which is then pending until it is read."""
-        tokens, found = [], []
+        tokens: list[Tensor] = []
+        found: list[Pick] = []
         for group in self._choosable(wanted, logits):
             tokens.append(group[1])
             found += group[0]
         if not found:
             return
-        for place, (choice, _) in enumerate(found):
-            assert choice.sequence is not None, "a choice without a sequence has no token to come"
-            choice.place, choice.sequence.num_pending = place, 1
+        for place, pick in enumerate(found):
+            assert pick.choice.sequence is not None, "a choice without a sequence has no token to come"
+            pick.choice.place, pick.choice.sequence.num_pending = place, 1
         chosen = torch.cat(tokens) if len(tokens) > 1 else tokens[0]
         self._launched = [Launched(found, chosen, self._logprobs(found, logits, chosen))]
 
-    def _choosable(
-        self, wanted: list[tuple[Choice, int]], logits: Tensor
-    ) -> list[tuple[list[tuple[Choice, int]], Tensor]]:
+    def _choosable(self, wanted: list[Pick], logits: Tensor) -> list[tuple[list[Pick], Tensor]]:
         """[(those for whom a token could be chosen, the tokens)]; if not together, each request alone."""
         try:
-            asked = [Wanted(row, choice.chooser, _tokens(choice)) for choice, row in wanted]
+            asked = [
+                Wanted(pick.row, pick.choice.chooser, pick.history, pick.choice.marks if pick.choice.draft else None)
+                for pick in wanted
+            ]
             return [(wanted, sampler.choose(logits, asked))]
         except FAULTS as error:
-            numbers = list({choice.request.number: None for choice, _ in wanted})
+            numbers = list({pick.choice.request.number: None for pick in wanted})
             if len(numbers) == 1:
                 self.fail(numbers[0], _as_ours(error))
                 return []
-        apart = [[one for one in wanted if one[0].request.number == number] for number in numbers]
+        apart = [[pick for pick in wanted if pick.choice.request.number == number] for number in numbers]
         return [group for part in apart for group in self._choosable(part, logits)]
 
     def _collect(self, before: list[Launched]) -> list[Launched]:
@@ -228,9 +233,15 @@ class Core:
         for launched in before:
             tokens, logprobs = launched.tokens.tolist(), launched.read_logprobs()
             now = self.clock()
-            for (choice, _), token, own in zip(launched.wanted, tokens, logprobs, strict=True):
-                if not choice.is_done:
-                    self._give(choice, token, own, now)
+            for choice, places in launched.places():
+                if choice.is_done:
+                    continue
+                num_kept = speculate.settle(choice, [tokens[place] for place in places])
+                self.num_drafted += len(places) - 1
+                self.num_accepted += num_kept - 1
+                for place in places[:num_kept]:
+                    if not choice.is_done:
+                        self._give(choice, tokens[place], logprobs[place], now)
         return []
 
     def _give(self, choice: Choice, token: int, own: Logprobs | None, now: float) -> None:
@@ -251,12 +262,12 @@ class Core:
         if is_last:
             self._finish(choice, "length" if choice.answer.stopped_by is None else "stop")
 
-    def _logprobs(self, wanted: list[tuple[Choice, int]], logits: Tensor, tokens: Tensor) -> Asked | None:
-        counts = [choice.request.sampling.logprobs for choice, _ in wanted]
+    def _logprobs(self, wanted: list[Pick], logits: Tensor, tokens: Tensor) -> Asked | None:
+        counts = [pick.choice.request.sampling.logprobs for pick in wanted]
         places = [place for place, count in enumerate(counts) if count is not None]
         if not places:
             return None
-        rows = put([wanted[place][1] for place in places], torch.int64, logits.device)
+        rows = put([wanted[place].row for place in places], torch.int64, logits.device)
         most = max(counts[place] or 0 for place in places)
         own = tokens[put(places, torch.int64, logits.device)]
         return Asked(places, [counts[place] or 0 for place in places], sampler.logprobs(logits[rows], own, most))
@@ -313,12 +324,16 @@ class Core:
             logprobs=tuple(choice.logprobs),
             prompt_logprobs=tuple(request.prompt_logprobs),
             num_preemptions=choice.num_preemptions,
+            num_drafted=choice.num_drafted,
+            num_accepted=choice.num_accepted,
         )
 
 
-def _tokens(choice: Choice) -> list[int]:
-    assert choice.sequence is not None, "a choice without a sequence has no token to come"
-    return choice.sequence.tokens
+def _ids(chunk: Chunk) -> list[int]:
+    """The tokens of a chunk; a 0 stands for one that is not read, until the runner puts it there."""
+    tokens, end = chunk.sequence.tokens, chunk.start + chunk.count - chunk.num_draft
+    known = [*tokens, 0] if chunk.is_pending else tokens
+    return [*known[chunk.start : end], *chunk.sequence.draft[: chunk.num_draft]]
 
 
 def _as_ours(error: BaseException) -> HastenError:

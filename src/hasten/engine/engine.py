@@ -22,6 +22,7 @@ from hasten.engine.batch_runner import BatchRunner
 from hasten.engine.core import FAULTS, Core
 from hasten.engine.events import Failed, Finished, Token
 from hasten.engine.grammar import Grammars
+from hasten.engine.lookup import Lookup
 from hasten.engine.request import Choice, Event, Request
 from hasten.engine.runner import step_threads
 from hasten.engine.sampling import MAX_SEED, Chooser, Sampling, end_ids
@@ -33,7 +34,10 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What an engine is doing. num_free_pages, num_pages: by kind of layer. Counts are since it was made."""
+    """What an engine is doing. num_free_pages, num_pages: by kind of layer. Counts are since it was made.
+
+    num_drafted, num_accepted: tokens computed as a guess, and those of them that came true.
+    """
 
     num_waiting: int
     num_running: int
@@ -42,6 +46,8 @@ class Stats:
     num_steps: int
     num_positions: int
     num_preemptions: int
+    num_drafted: int
+    num_accepted: int
 
 
 class Handle:
@@ -78,6 +84,7 @@ class Engine:
     kv_dtype: "int8" or "fp8" keeps K and V in 8 bits, with a scale for each token and head: half the memory of bf16,
     and other tokens where the best are close.
     max_batch_tokens: of one forward; prompts are cut to it. max_running: sequences computed at once; more wait.
+    prompt_lookup_num_tokens: for requests that do not say it themselves (`Sampling`).
 
     The tokens of a request are those it would get alone: batches, cut prompts, forks and preemption change rounding
     only. Raises ArgumentError for a model that keeps something else than K and V, for settings that contradict each
@@ -95,7 +102,9 @@ class Engine:
         kv_dtype: str | None = None,
         max_batch_tokens: int | None = None,
         max_running: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> None:
+        self._num_lookup = Sampling(prompt_lookup_num_tokens=prompt_lookup_num_tokens).prompt_lookup_num_tokens or 0
         if model.training:
             raise ArgumentError("model", "a model in evaluation mode", "one in training mode", "call model.eval()")
         device = next(model.parameters()).device
@@ -189,6 +198,8 @@ class Engine:
             num_steps=core.num_steps,
             num_positions=core.num_positions,
             num_preemptions=scheduler.num_preemptions,
+            num_drafted=core.num_drafted,
+            num_accepted=core.num_accepted,
         )
 
     def check_integrity(self) -> None:
@@ -233,13 +244,17 @@ class Engine:
             deadline_s=None if timeout_s is None else now + timeout_s,
             prompt_logprobs=[] if sampling.prompt_logprobs is None else [None],
         )
+        wanted = sampling.prompt_lookup_num_tokens
+        num_lookup = self._num_lookup if wanted is None else wanted
         for index in range(sampling.n):
             own = sampling if sampling.seed is None else _with_seed(sampling, index)
             grammar = self._grammars.make(sampling, len(ids), sorted(ends))
             first = [] if grammar is None else [grammar]
             chooser = Chooser(own, rules, len(ids), len(ids) + limit, self._core.runner.device, first)
             answer = Answer(self.tokenizer, ids, ends, sampling.stop, limit)
-            request.choices.append(Choice(request=request, index=index, answer=answer, chooser=chooser))
+            choice = Choice(request=request, index=index, answer=answer, chooser=chooser, num_lookup=num_lookup)
+            choice.lookup = Lookup() if num_lookup else None
+            request.choices.append(choice)
         return request
 
     def _room(self, ids: Sequence[int]) -> int:

@@ -41,6 +41,7 @@ class Finished:
     num_positions: tokens that went through the model. path: how the last step was computed. seed: of the
     draws, None if there were none. index, logprobs: as in `Token`, of all tokens. prompt_logprobs: None for the first
     token of the prompt, which nothing comes before. num_preemptions: how often it had to be computed again.
+    num_drafted, num_accepted: tokens that were computed as a guess, and those of them that came true.
     """
 
     finish_reason: str
@@ -63,6 +64,8 @@ class Finished:
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs | None, ...] = ()
     num_preemptions: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,8 @@ def _check_numbers(logits: Tensor) -> None:
         raise ArgumentError("model", "logits that are numbers", "NaN", hint)
 
 
-_OF_ENGINES = (("n", 1), *((name, None) for name in ("logprobs", "prompt_logprobs", "json_schema", "regex", "grammar")))
+_NONE = ("logprobs", "prompt_logprobs", "json_schema", "regex", "grammar", "prompt_lookup_num_tokens")
+_OF_ENGINES = (("n", 1), *((name, None) for name in _NONE))
 
 
 def _refuse_what_only_an_engine_has(sampling: Sampling) -> None:

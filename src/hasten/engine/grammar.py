@@ -68,14 +68,12 @@ class Grammar:
     """Hides the tokens that the text so far does not allow; a logits processor of one request."""
 
     def __init__(self, matcher: Any, num_prompt: int) -> None:
-        self._matcher, self._num_read = matcher, num_prompt
+        self._matcher, self._num_prompt = matcher, num_prompt
+        self._read: list[int] = []
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (1, vocab) after the tokens ids (1, length); raises ArgumentError where no token is left."""
-        new = ids[0, self._num_read :].tolist()
-        self._num_read = ids.shape[1]
-        if new:
-            self._matcher.consume_tokens(new)
+        self._follow(ids[0, self._num_prompt :].tolist())
         if self._matcher.is_error():
             got = " ".join(self._matcher.get_error().split())[:200]
             raise ArgumentError("grammar", "a text that it allows", got, "simplify it")
@@ -84,6 +82,21 @@ class Grammar:
         allowed = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[: scores.shape[1]].bool()
         allowed = torch.nn.functional.pad(allowed, (0, scores.shape[1] - len(allowed)))
         return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+
+    def num_allowed(self, ids: Sequence[int], draft: Sequence[int]) -> int:
+        """How many tokens of a draft may come after the tokens `ids`, of the prompt and new ones."""
+        self._follow(list(ids[self._num_prompt :]))
+        return 0 if self._matcher.is_error() else int(self._matcher.validate_tokens(list(draft)))
+
+    def _follow(self, text: list[int]) -> None:
+        """Let the matcher have read these new tokens: it takes back those of a draft that did not come."""
+        pairs = enumerate(zip(self._read, text, strict=False))
+        same = next((place for place, (old, new) in pairs if old != new), min(len(self._read), len(text)))
+        if same < len(self._read):
+            self._matcher.rollback(len(self._read) - same)
+        if same < len(text):
+            self._matcher.consume_tokens(text[same:])
+        self._read = text
 
 
 def _compile(matcher: Any, name: str, value: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -28,13 +30,34 @@ class Asked:
         ]
 
 
+class Pick(NamedTuple):
+    """A token to choose: for whom, from which row of the logits, after so many tokens of the choice's draft."""
+
+    choice: Choice
+    row: int
+    num_draft: int = 0
+
+    @property
+    def history(self) -> Sequence[int]:
+        """The tokens before it."""
+        assert self.choice.sequence is not None, "a choice without a sequence has no token to come"
+        tokens = self.choice.sequence.tokens
+        return [*tokens, *self.choice.draft[: self.num_draft]] if self.num_draft else tokens
+
+
 @dataclass(frozen=True, eq=False)
 class Launched:
-    """Tokens int64 (wanted,) on the device, and for whom they were chosen, from which row of the logits."""
+    """Tokens int64 (wanted,) on the device, and for whom they were chosen; those of one choice come together."""
 
-    wanted: Sequence[tuple[Choice, int]]
+    wanted: Sequence[Pick]
     tokens: Tensor
     asked: Asked | None
+
+    def places(self) -> Iterator[tuple[Choice, list[int]]]:
+        """Every choice, and the places of its tokens."""
+        for _, group in groupby(enumerate(self.wanted), key=lambda one: id(one[1].choice)):
+            own = list(group)
+            yield own[0][1].choice, [place for place, _ in own]
 
     def read_logprobs(self) -> list[Logprobs | None]:
         """Those of each token, None where they were not asked for."""
@@ -45,4 +68,4 @@ class Launched:
         return found
 
 
-__all__ = ["Asked", "Launched"]
+__all__ = ["Asked", "Launched", "Pick"]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from hasten.engine.answer import Answer
 from hasten.engine.events import Failed, Finished, Logprobs, Token
+from hasten.engine.lookup import Lookup
 from hasten.engine.sampling import Chooser, Sampling
 from hasten.engine.sequence import Sequence
 
@@ -17,7 +20,8 @@ Event = Token | Finished | Failed
 class Choice:
     """One continuation of a request. sequence: None until the prompt is computed, for all but the first.
 
-    place: of its token among those that the last step has chosen for all.
+    place: of its token among those that the last step has chosen for all. lookup: drafts its next tokens, `num_lookup`
+    at most, None if nobody does. draft: what of that the last step has computed; marks: its generator after each draw.
     """
 
     request: Request
@@ -27,6 +31,12 @@ class Choice:
     sequence: Sequence | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
     place: int = 0
+    lookup: Lookup | None = None
+    num_lookup: int = 0
+    draft: list[int] = field(default_factory=list)
+    marks: list[Tensor] = field(default_factory=list)
+    num_drafted: int = 0
+    num_accepted: int = 0
     num_positions: int = 0
     num_preemptions: int = 0
     num_pages: tuple[int, ...] = (0,)

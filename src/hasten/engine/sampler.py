@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,11 +35,16 @@ _WITHOUT_HISTORY = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """One token to choose: from which row of the logits, by whom, after which tokens."""
+    """One token to choose: from which row of the logits, by whom, after which tokens.
+
+    marks: if given, the state of the chooser's generator after the draw is added to it, so that later draws can be
+    taken back. One chooser draws for its rows in their order.
+    """
 
     row: int
     chooser: Chooser
     history: Sequence[int]
+    marks: list[Tensor] | None = field(default=None, compare=False)
 
 
 @torch.inference_mode()
@@ -49,7 +54,7 @@ def choose(logits: Tensor, wanted: Sequence[Wanted]) -> Tensor:
     is_all = [one.row for one in wanted] == list(range(len(logits)))
     scores = logits if is_all else logits[put([one.row for one in wanted], torch.int64, device)]
     tokens = scores.argmax(-1)
-    draws: list[tuple[Tensor, list[torch.Generator], Tensor]] = []
+    draws: list[tuple[Tensor, list[Wanted], Tensor]] = []
     for group in _groups(wanted):
         places, first = put(group, torch.int64, device), wanted[group[0]].chooser
         part = scores[places].float()
@@ -61,10 +66,10 @@ def choose(logits: Tensor, wanted: Sequence[Wanted]) -> Tensor:
         if first.sampling.temperature == 0:
             tokens[places] = part.argmax(-1)
         else:
-            generators = [wanted[place].chooser.generator for place in group]
-            draws.append((places, generators, torch.softmax(part, -1)))
-    for places, generators, probabilities in draws:  # once nothing can fail: a draw cannot be taken back
-        tokens[places] = draw(probabilities, generators)
+            draws.append((places, [wanted[place] for place in group], torch.softmax(part, -1)))
+    for places, group_wanted, probabilities in draws:  # once nothing can fail
+        generators, marks = [one.chooser.generator for one in group_wanted], [one.marks for one in group_wanted]
+        tokens[places] = draw(probabilities, generators, marks)
     return torch.where(scores.isnan().any(-1), NO_TOKEN, tokens)
 
 

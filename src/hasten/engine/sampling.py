@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from hasten.engine.lookup import MOST
 from hasten.engine.penalties import Bias, Penalties
 from hasten.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
@@ -46,6 +47,9 @@ class Sampling:
     json_schema (a mapping or its JSON text), regex, grammar (in llguidance's Lark): at most one, which the new text
     then follows; needs the extra `structured`.
 
+    prompt_lookup_num_tokens: so many next tokens are guessed from where the last few occurred before, and computed at
+    once; what is chosen is the same. 0 guesses none, None is as many as the engine says.
+
     Raises ArgumentError for a value out of range, and for a limit on a draw that does not take place.
     """
 
@@ -67,6 +71,7 @@ class Sampling:
     json_schema: Mapping[str, Any] | str | None = None
     regex: str | None = None
     grammar: str | None = None
+    prompt_lookup_num_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1)
@@ -77,6 +82,7 @@ class Sampling:
         _check_number("repetition_penalty", self.repetition_penalty, "more than 0", lambda value: value > 0)
         _check_int("seed", self.seed, 0, MAX_SEED)
         _check_int("n", self.n, 1, MAX_CHOICES)
+        _check_int("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 0, MOST)
         for name in ("logprobs", "prompt_logprobs"):
             _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in ("presence_penalty", "frequency_penalty"):
@@ -146,14 +152,20 @@ class Chooser:
         return int(draw(torch.softmax(logits.float(), -1)[None], [self.generator]))
 
 
-def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def draw(
+    probabilities: Tensor, generators: Sequence[torch.Generator], marks: Sequence[list[Tensor] | None] | None = None
+) -> Tensor:
     """One token for each row of probabilities (rows, vocab), each from its own generator; int64 (rows,).
 
-    What `torch.multinomial` does, a row at a time: the same tokens, whatever the other rows are.
+    What `torch.multinomial` does, a row at a time: the same tokens, whatever the other rows are. marks: lists to which
+    the state of the generator after each draw is added.
     """
     noise = torch.empty_like(probabilities)
-    for row, generator in zip(noise, generators, strict=True):
+    marks = [None] * len(noise) if marks is None else marks
+    for row, generator, mark in zip(noise, generators, marks, strict=True):
         row.exponential_(generator=generator)
+        if mark is not None:
+            mark.append(generator.get_state())
     return (probabilities / noise).argmax(-1)
 
 

@@ -1,14 +1,15 @@
 """Which tokens of which sequences the next forward computes, under a budget of tokens and of pages.
 
 First come, first served. A step first gives every decoding sequence its token, then prompts what is left of the
-budget, cut where it ends, then lets waiting sequences in. Where pages run out, the last to have come gives its up
-and computes again later. Plain and deterministic: no tensor, no model, no clock of its own.
+budget, cut where it ends, then lets waiting sequences in; drafts of what may come next take what nobody else wants.
+Where pages run out, the last to have come gives its up and computes again later. Plain and deterministic: no tensor,
+no model, no clock of its own.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hasten.cache.ledger import Ledger
 from hasten.cache.pages import Copy
@@ -21,7 +22,7 @@ class Chunk:
     """Tokens `start` to `start + count` of a sequence, for which it now has room, and pages to copy before.
 
     is_last: nothing known is left after it, so its last row gives the next token. is_pending: its last token has not
-    been read from the device.
+    been read from the device. num_draft: how many of the count are the first tokens of the sequence's draft.
     """
 
     sequence: Sequence
@@ -30,11 +31,12 @@ class Chunk:
     copies: tuple[list[Copy], ...]
     is_last: bool
     is_pending: bool
+    num_draft: int = 0
 
 
 @dataclass
 class Step:
-    """What one forward computes: `chunks`, decoding sequences first; and who was preempted for it."""
+    """What one forward computes: `chunks`, those of one token first; and who was preempted for it."""
 
     budget: int
     chunks: list[Chunk] = field(default_factory=list)
@@ -113,7 +115,22 @@ class Scheduler:
             self._advance(sequence, step)
         if not step.preempted:
             self._admit(step)
+            step.chunks = sorted((self._with_draft(chunk, step) for chunk in step.chunks), key=_is_long)
         return step
+
+    def _with_draft(self, chunk: Chunk, step: Step) -> Chunk:
+        """A decoding sequence's token, and as much of its draft as the budget and free pages allow."""
+        sequence = chunk.sequence
+        if chunk.is_pending or not chunk.is_last or chunk.count > 1:
+            return chunk
+        num_draft = min(len(sequence.draft), step.budget, sequence.most - sequence.num_computed)
+        while num_draft > 0 and not sequence.holding.can_grow(num_draft):
+            num_draft -= 1
+        if num_draft <= 0:
+            return chunk
+        sequence.holding.grow(num_draft)  # copies nothing: it has just written to the same page
+        step.budget -= num_draft
+        return replace(chunk, count=chunk.count + num_draft, num_draft=num_draft)
 
     def _advance(self, sequence: Sequence, step: Step) -> None:
         """As many tokens of a running sequence as the budget allows, for which others may have to go."""
@@ -157,6 +174,10 @@ class Scheduler:
         self.num_preemptions += 1
         step.preempted.append(victim)
         self.add(victim)
+
+
+def _is_long(chunk: Chunk) -> bool:
+    return chunk.count > 1
 
 
 def _arrival(sequence: Sequence) -> tuple[int, int]:

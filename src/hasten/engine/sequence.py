@@ -26,7 +26,8 @@ class Sequence:
     before them. most: tokens that are ever computed; the last new one is not.
     arrival: (request, continuation of it): earlier ones go first, and are preempted last. seats: places in a batch
     that it will take, more than one if it is to be forked. deadline_s: the time, on the scheduler's clock, at which it
-    is too late. owner: whose it is; the scheduler does not look.
+    is too late. owner: whose it is; the scheduler does not look. draft: tokens that may come next, to be computed in
+    the next step as far as there is room, and cut back where they are not what is chosen.
     """
 
     tokens: list[int]
@@ -37,6 +38,7 @@ class Sequence:
     owner: Any = None
     most: int = sys.maxsize
     num_pending: int = 0
+    draft: list[int] = field(default_factory=list)
     state: State = field(default=State.WAITING)
     num_preemptions: int = 0
 
