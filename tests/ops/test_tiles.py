@@ -132,6 +132,8 @@ def check_lists(mask: Mask, sizes: tuple[int, int, int, int], block_m: int, bloc
     assert torch.equal(kind.expand(some.shape), torch.where(every & whole, 1, torch.where(some, 2, 0)))
     kind_by_column, shown_by_column = drawn(lists, by_column=True)
     assert torch.equal(kind, kind_by_column) and torch.equal(shown, shown_by_column)
+    words = lists.col_keys_seen.view(lists.batch, lists.heads, lists.num_cols, block_n // 32)
+    assert torch.equal(unpack(words), shown.amax((2, 4)))
     for order, visits in ((lists.row_order, (kind > 0).sum((0, 1, 3))), (lists.col_order, (kind > 0).sum((0, 1, 2)))):
         longest_first = sorted(range(len(visits)), key=lambda line, visits=visits: -int(visits[line]))
         assert order.dtype == torch.int32 and order.tolist() == longest_first
@@ -167,6 +169,7 @@ def test_lists_of_nothing(mask: Mask, seqlen_q: int, seqlen_k: int) -> None:
     assert lists.col_ptr.shape == (lists.batch * lists.num_cols, 3) and not lists.col_ptr.any()
     assert len(lists.row_index) == len(lists.col_index) == 0 and lists.density == 0.0
     assert lists.row_order.tolist() == [*range(lists.num_rows)] and lists.col_order.tolist() == [*range(lists.num_cols)]
+    assert lists.col_keys_seen.shape == (len(lists.col_ptr), 2) and not lists.col_keys_seen.any()
     assert lists.bits.shape == (1, 64, 2)
 
 

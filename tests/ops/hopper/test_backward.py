@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs triton")
 
 import hasten
-from hasten.masks import Causal
+from hasten.masks import Causal, Padding
 from hasten.ops import portable
 from hasten.ops.call import Gradients
 from hasten.ops.hopper import backward_launch, refuses
@@ -91,6 +91,25 @@ def test_hidden_keys_do_not_leak(band: str, side: str, fill: str, served: list[i
     mask = promises.PADDED[band]
     promises.hidden_keys_do_not_leak(promises.FILLS[fill], side, mask, "portable", torch.bfloat16, "cuda")
     assert served
+
+
+@DETERMINISTIC
+@pytest.mark.parametrize("mask", [tables.LONGFORMER, tables.blocks(64, "bh")], ids=["longformer", "blocks-per-head"])
+@pytest.mark.parametrize("head_dim", [16, 128, 256])
+@pytest.mark.parametrize("fill", promises.FILLS)
+def test_keys_that_a_list_hides_do_not_leak(fill: str, head_dim: int, mask: tables.Build, served: list[int]) -> None:
+    """Keys from 60 on of the second sequence are seen by no row: some in a tile that is visited, some in none."""
+    padding = Padding(torch.tensor([300, 60], dtype=torch.int32, device="cuda"))
+    case = Case(name="holes", batch=2, seqlen_q=300, num_heads=4, num_kv_heads=2, head_dim=head_dim, upstream="both",
+                mask=lambda *_: mask(*_) & padding)  # fmt: skip
+    clean = make(case, torch.bfloat16, "cuda")
+    k, v = clean.k.clone(), clean.v.clone()
+    k[1, 60:], v[1, 60:] = promises.FILLS[fill], promises.FILLS[fill]
+    want, got = promises.run(clean, "portable"), promises.run(replace(clean, k=k, v=v), "portable")
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    assert not got["dk"][1, 60:].any() and not got["dv"][1, 60:].any()
+    assert len(served) == 2
 
 
 @DETERMINISTIC

@@ -190,7 +190,7 @@ def consume_tile(
     DQ_N: gl.constexpr = D if BLOCK_M == 128 else D // 2
     dq_mma: gl.constexpr = accumulator(DQ_N)
     dtype: gl.constexpr = q_buf.dtype
-    lists, place, kv_head, _band, bounds, _lengths = walk
+    lists, place, kv_head, _band, _bounds, _lengths = walk
     n0 = place[1] * BLOCK_N
     keys = n0 + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_mma))
     dk = gl.zeros([64, D], gl.float32, dk_mma)
@@ -199,7 +199,7 @@ def consume_tile(
     dq_zero = gl.zeros([64, DQ_N], gl.float32, dq_mma)
     mbarrier.wait(kv_full.index(0), tiles & 1)
     if HIDDEN_KEYS:
-        hide_keys(k_buf.index(W).reshape([64, D]), v_buf.index(W).reshape([64, DV]), n0 + 64 * W, bounds, BLOCK_N)
+        hide_keys(k_buf.index(W).reshape([64, D]), v_buf.index(W).reshape([64, DV]), walk, group_size, 2 * W, BLOCK_N)
     for member in range(group_size):
         head = kv_head * group_size + member
         visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
@@ -340,7 +340,7 @@ def attention_backward(
     job = ((q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf), barriers, (dk_desc, dv_desc), terms)
     loads = (q_desc, k_desc, v_desc, dout_desc, stats_desc)
     fills = (q_buf, k_buf, v_buf, dout_buf, stats_buf)
-    HIDDEN: gl.constexpr = key_range is not None
+    HIDDEN: gl.constexpr = (key_range is not None) | (lists is not None)
     PIECES: gl.constexpr = 2 if WIDE else 1
     COMERS: gl.constexpr = WARPGROUP + WARP if WIDE else WARPGROUP + 2 * WARP
     gl.warp_specialize(

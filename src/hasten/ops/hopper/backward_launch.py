@@ -199,7 +199,7 @@ def plan_main(sizes: Sizes, num_programs: int) -> Launch:
     sums = Described(partial(describe_plain, block=(min(64, tile.block_m * columns // 128), 64)))
     by_column = by_row = ranked = None
     if sizes.band is None:
-        by_column = ((TENSOR,) * 4) + sizes.list_strides(num_tiles_k)
+        by_column = ((TENSOR,) * 5) + sizes.list_strides(num_tiles_k)
         by_row = ((TENSOR,) * 2) + sizes.list_strides(num_tiles_q)
         ranked = None if sizes.deterministic else TENSOR  # a deterministic call relies on tiles that ascend
     num_pairs = sizes.num_kv_heads * sizes.batch
@@ -257,7 +257,8 @@ def _visits(sizes: Sizes, call: Call, device: torch.device) -> tuple[tuple[Tenso
         return (), None if band.padding is None else band.padding.key_range(call.max_seqlen_k, device)
     lengths = (call.max_seqlen_q, call.max_seqlen_k, sizes.tile.block_m, sizes.tile.block_n)
     lists = tile_lists(call.mask, sizes.batch, sizes.num_heads, *lengths, device)
-    both = (lists.col_ptr, lists.col_index, lists.col_bits, lists.bits, lists.row_ptr, lists.row_index)
+    columns = (lists.col_ptr, lists.col_index, lists.col_bits, lists.bits, lists.col_keys_seen)
+    both = (*columns, lists.row_ptr, lists.row_index)
     return both if sizes.deterministic else (*both, lists.col_order), None
 
 

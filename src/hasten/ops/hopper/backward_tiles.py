@@ -88,7 +88,7 @@ def visits_of(walk, head, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     length_q, length_k = lengths
     column, n0 = place[1], place[1] * BLOCK_N
     if lists is not None:
-        column = place[0] * lists[4] + head * lists[5] + place[1]
+        column = place[0] * lists[5] + head * lists[6] + place[1]
     n1 = gl.minimum(n0 + BLOCK_N, length_k)
     shift = length_k - length_q
     return query_visits(lists, column, n0, n1, shift, band[0], band[1], bounds[0], bounds[1], length_q, BLOCK_M)
@@ -289,9 +289,25 @@ def fragments(dq):
 
 
 @gluon.jit
-def hide_keys(k, v, n0, bounds, BLOCK_N: gl.constexpr):
-    """Zero the padding among 64 rows of K and V in shared memory: it may hold anything, and 0 * NaN is NaN."""
+def seen_word(walk, group_size, WORD: gl.constexpr, BLOCK_N: gl.constexpr):
+    """int32: bit i is whether any row of any head of the group may see key 32 * WORD + i of the tile of keys."""
+    lists, place, kv_head, _band, bounds, _lengths = walk
+    if lists is None:
+        return keys_word(None, 0, True, place[1] * BLOCK_N, bounds[0], bounds[1], WORD, BLOCK_N)
+    else:
+        word = gl.cast(0, gl.int32)
+        for member in range(gl.where(lists[6] == 0, 1, group_size)):  # heads may share one list
+            column = place[0] * lists[5] + (kv_head * group_size + member) * lists[6] + place[1]
+            word |= gl.load(lists[4] + gl.cast(column, gl.int64) * (BLOCK_N // 32) + WORD)
+        return word
+
+
+@gluon.jit
+def hide_keys(k, v, walk, group_size, FIRST_WORD: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Zero those of 64 rows of K and V in shared memory that nobody sees: they may hold NaN, and 0 * NaN is NaN."""
     for part in gl.static_range(2):
-        word = keys_word(None, 0, True, n0, bounds[0], bounds[1], part, BLOCK_N)
-        hide_values(k, word, part, k.shape[1])
-        hide_values(v, word, part, v.shape[1])
+        word = seen_word(walk, group_size, FIRST_WORD + part, BLOCK_N)
+        if word != -1:
+            hide_values(k, word, part, k.shape[1])
+            hide_values(v, word, part, v.shape[1])
+            gl.thread_barrier()

@@ -109,7 +109,7 @@ def consume_wide(
     PIECE: gl.constexpr = dq_buf.shape[-2]
     s_mma: gl.constexpr = accumulator(BLOCK_M)
     dtype: gl.constexpr = q_buf.dtype
-    lists, place, kv_head, _band, bounds, _lengths = walk
+    lists, place, kv_head, _band, _bounds, _lengths = walk
     n0 = place[1] * BLOCK_N
     keys = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_mma))
     dk = gl.zeros([BLOCK_N, HALF], gl.float32, accumulator(HALF))
@@ -119,7 +119,14 @@ def consume_wide(
     ds_own = ds_buf.index(W)
     mbarrier.wait(kv_full.index(0), tiles & 1)
     if HIDDEN_KEYS:
-        hide_keys(k_buf.index(W).reshape([BLOCK_N, HALF]), v_buf.index(W).reshape([BLOCK_N, HALF]), n0, bounds, BLOCK_N)
+        hide_keys(
+            k_buf.index(W).reshape([BLOCK_N, HALF]),
+            v_buf.index(W).reshape([BLOCK_N, HALF]),
+            walk,
+            group_size,
+            0,
+            BLOCK_N,
+        )
         bridge.barrier_sync(BOTH, 2 * WARPGROUP)
     for member in range(group_size):
         head = kv_head * group_size + member

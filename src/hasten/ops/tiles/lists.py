@@ -54,6 +54,22 @@ class TileLists:
         return _any_row(self.bits)
 
     @cached_property
+    def col_keys_seen(self) -> Tensor:
+        """int32 (batch * heads * num_cols, block_n // 32): `keys_seen` of a whole column of tiles; 0 if it is empty."""
+        begin, middle, end = self.col_ptr.long().unbind(1)
+        line = torch.arange(len(begin), device=begin.device)
+        line = line.repeat_interleave(end - begin, output_size=len(self.col_index))
+        entry = torch.arange(len(line), device=begin.device)
+        words = torch.where((entry < middle[line])[:, None], -1, self.keys_seen[self.col_bits.long()])
+        step = 1  # an entry holds the keys of `step` entries from its own on, and a column has num_rows at most
+        while step < self.num_rows and step < len(line):
+            is_same = line[:-step] == line[step:]
+            words[:-step] = words[:-step] | torch.where(is_same[:, None], words[step:], 0)
+            step *= 2
+        words = torch.cat([words, words.new_zeros(1, words.shape[1])])
+        return torch.where((begin < end)[:, None], words[begin], 0)
+
+    @cached_property
     def row_order(self) -> Tensor:
         """int32 (num_rows,): the rows of tiles, those with most visits over all tables first, equals ascending."""
         return _longest_first(self.row_ptr.view(self.batch * self.heads, self.num_rows, 3))
