@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hasten.cache.paged import PagedCache, kinds_of, layers_of
-from hasten.engine.batch import Piece
+from hasten.engine.batch import Piece, parts
 from hasten.engine.batch_runner import BatchRunner
 from hasten.errors import ArgumentError
 from tests.models.tiny import DECODERS, distance, tokens
@@ -78,7 +78,8 @@ def test_the_way_of_a_device_gives_the_same(architecture, monkeypatch):
 
     def as_on_a_device(batch):
         tables = tuple(replace(one, rows=None) for one in batch.pages.tables)
-        return forward(replace(batch, pages=replace(batch.pages, tables=tables, plans=())))
+        calls = parts(batch.pages.lengths, 16, torch.device("cpu"))
+        return forward(replace(batch, pages=replace(batch.pages, tables=tables, plans=(), parts=calls)))
 
     monkeypatch.setattr(made, "_forward", as_on_a_device)
     found = run_in_pieces(made, PROMPTS, lambda step, row: 1 if step > 2 else [2, 9, 14][row])

@@ -7,7 +7,7 @@ an engine serves still does everything else. Knows no request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,23 @@ KEYWORD = "hasten_pages"
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """Sequences [begin, end) of a forward that attend in one call, and their packed tokens [first, last).
+
+    num_pages: columns of the page tables that they need. cu_seqlens_q: int32 (end - begin + 1,), where each sequence
+    begins among these tokens, and the most tokens of one; None where each has one, which are then split over keys.
+    """
+
+    begin: int
+    end: int
+    first: int
+    last: int
+    num_pages: int
+    cu_seqlens_q: Tensor | None = None
+    max_seqlen_q: int = 1
+
+
+@dataclass(frozen=True, eq=False)
 class Pages:
     """Where the sequences of one forward lie.
 
@@ -43,10 +60,10 @@ class Pages:
     cache: PagedCache
     tables: tuple[Tables, ...]
     cache_seqlens: Tensor
-    cu_seqlens_q: Tensor
+    cu_seqlens_q: Tensor | None
     lengths: tuple[tuple[int, int], ...]
-    max_seqlen_q: int
     plans: tuple[DecodePlan | None, ...]
+    parts: tuple[Part, ...]
 
 
 def forward(
@@ -124,14 +141,24 @@ def _on_device(
 ) -> Tensor:
     """Write k and v, and attend; q and what is returned as in `_on_cpu`. Nothing waits for the device."""
     options["softmax_scale"] = options.pop("scale")
-    if pages.max_seqlen_q == 1:
+    if pages.cu_seqlens_q is None:
         append_kv(k[:, None], v[:, None], view)
-        out = decode_attention(q[:, None], view, mask, **options)
+    else:
+        append_kv(k, v, view, cu_seqlens_q=pages.cu_seqlens_q)
+    outs = [_part(q[part.first : part.last], view, mask, part, options) for part in pages.parts]
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _part(q: Tensor, view: PagedKV, mask: Mask, part: Part, options: dict[str, Any]) -> Tensor:
+    """Attention of the packed tokens of a part; returns the shape of q."""
+    rows = slice(part.begin, part.end)
+    own = replace(view, block_table=view.block_table[rows, : part.num_pages], cache_seqlens=view.cache_seqlens[rows])
+    if part.cu_seqlens_q is None:
+        out = decode_attention(q[:, None], own, mask, **options)
         assert isinstance(out, Tensor)
         return out[:, 0]
-    append_kv(k, v, view, cu_seqlens_q=pages.cu_seqlens_q)
-    options |= {"cu_seqlens_q": pages.cu_seqlens_q, "max_seqlen_q": pages.max_seqlen_q}
-    out = decode_attention(q, view, mask, **options)
+    packed: dict[str, Any] = {"cu_seqlens_q": part.cu_seqlens_q, "max_seqlen_q": part.max_seqlen_q}
+    out = decode_attention(q, own, mask, **options, **packed)
     assert isinstance(out, Tensor)
     return out
 
@@ -139,4 +166,4 @@ def _on_device(
 AttentionInterface.register(NAME, forward)
 AttentionMaskInterface.register(NAME, make_mask)
 
-__all__ = ["KEYWORD", "NAME", "Pages", "forward", "make_mask"]
+__all__ = ["KEYWORD", "NAME", "Pages", "Part", "forward", "make_mask"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from hasten.cache.ledger import Holding
 from hasten.cache.paged import PagedCache, Tables
 from hasten.cache.pages import Copy
 from hasten.engine.attend_cpu import DecodePlan, plan
-from hasten.engine.attend_pages import Pages
+from hasten.engine.attend_pages import Pages, Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +69,43 @@ def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device) -> Ba
             cache=cache,
             tables=tuple(_tables(pieces, kind, cache, device) for kind in kinds),
             cache_seqlens=put([length for _, length in lengths], torch.int32, device),
-            cu_seqlens_q=put(ends, torch.int32, device),
+            cu_seqlens_q=put(ends, torch.int32, device) if ends[-1] > len(pieces) else None,
             lengths=lengths,
-            max_seqlen_q=max(count for count, _ in lengths),
             plans=tuple(_plan(pieces, lengths, kind, cache) if is_gathered else None for kind in kinds),
+            parts=() if is_gathered else parts(lengths, cache.page_size, device),
         ),
         rows=put(rows, torch.int64, device),
-        copies=tuple(tuple(copy for piece in pieces if piece.copies for copy in piece.copies[kind]) for kind in kinds),
+        copies=copies_of(pieces, len(cache.kinds)),
         pending=put(pending, torch.int64, device).t() if pending else None,
     )
+
+
+def copies_of(pieces: Sequence[Piece], num_kinds: int) -> tuple[tuple[Copy, ...], ...]:
+    """Pages to copy before a forward of these pieces, by kind."""
+    return tuple(
+        tuple(copy for piece in pieces if piece.copies for copy in piece.copies[kind]) for kind in range(num_kinds)
+    )
+
+
+def parts(lengths: Sequence[tuple[int, int]], page_size: int, device: torch.device) -> tuple[Part, ...]:
+    """The calls of attention for sequences with these (new tokens, all tokens), at least one new token each.
+
+    The first sequences that have one new token attend in one call, chunks of prompts in another.
+    """
+    num_single, batch = _num_single(lengths), len(lengths)
+    made = []
+    for begin, end in ((0, num_single), (num_single, batch)):
+        own = lengths[begin:end]
+        if not own:
+            continue
+        num_pages = -(-max(length for _, length in own) // page_size)
+        if begin < num_single:
+            made.append(Part(begin, end, begin, end, num_pages))
+            continue
+        ends = [0, *itertools.accumulate(count for count, _ in own)]
+        most, starts = max(count for count, _ in own), put(ends, torch.int32, device)
+        made.append(Part(begin, end, num_single, num_single + ends[-1], num_pages, starts, most))
+    return tuple(made)
 
 
 def put(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -107,11 +136,16 @@ def _tables(pieces: Sequence[Piece], kind: int, cache: PagedCache, device: torch
     return Tables(block_table, torch.tensor(places))
 
 
+def _num_single(lengths: Sequence[tuple[int, int]]) -> int:
+    """How many sequences at the beginning have one new token each."""
+    return next((index for index, (count, _) in enumerate(lengths) if count > 1), len(lengths))
+
+
 def _plan(
     pieces: Sequence[Piece], lengths: Sequence[tuple[int, int]], kind: int, cache: PagedCache
 ) -> DecodePlan | None:
     """For the first pieces, as long as they have one token each."""
-    num_single = next((index for index, (count, _) in enumerate(lengths) if count > 1), len(lengths))
+    num_single = _num_single(lengths)
     if num_single == 0:
         return None
     rows = [piece.holding.tables[kind].pages for piece in pieces[:num_single]]
@@ -119,4 +153,4 @@ def _plan(
     return plan(rows, ends, cache.kinds[kind].window, cache.page_size)
 
 
-__all__ = ["Batch", "Piece", "pack", "put"]
+__all__ = ["Batch", "Piece", "copies_of", "pack", "parts", "put"]

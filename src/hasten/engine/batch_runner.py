@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from hasten.cache.paged import PagedCache
-from hasten.engine.attend_pages import KEYWORD, NAME
-from hasten.engine.batch import Batch, Piece, pack
+from hasten.engine.attend_pages import KEYWORD, NAME, Pages
+from hasten.engine.batch import Batch, Piece, copies_of, pack
+from hasten.engine.decode_steps import DecodeSteps
+from hasten.engine.graphs import Capture
 from hasten.engine.runner import FEW_TOKENS
 from hasten.models import accelerate
 
@@ -25,13 +27,27 @@ class BatchRunner:
 
     Sets the model's attention implementation, through `hasten.accelerate` and its checks; `close` puts back what it
     was. step_threads: CPU threads of PyTorch for forwards of at most 64 tokens, None leaves its number as it is.
+    capture: of decode steps of at most `most_rows` sequences (decode_steps.py), None for no such steps. context: the
+    most tokens of a sequence.
     """
 
-    def __init__(self, model: Any, cache: PagedCache, *, step_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: PagedCache,
+        *,
+        step_threads: int | None = None,
+        capture: Capture | None = None,
+        most_rows: int = 1,
+        context: int | None = None,
+    ) -> None:
         self._before = model.config._attn_implementation
         self.model, self.cache, self.step_threads = accelerate(model), cache, step_threads
         self.model.set_attn_implementation(NAME)
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.steps: DecodeSteps | None = None
+        if capture is not None:
+            self.steps = DecodeSteps(self._all_logits, cache, self.device, most_rows, context, capture)
 
     def close(self) -> None:
         """Give the model its own attention back."""
@@ -47,6 +63,7 @@ class BatchRunner:
         """Logits (rows, vocab), in the order of the pieces and their rows. Does not wait for the device.
 
         chosen: int64 (any,), the tokens that the step before has chosen, for the pieces whose last is among them.
+        The logits are good until the next call.
         """
         threads = torch.get_num_threads()
         is_small = sum(len(piece.ids) for piece in pieces) <= FEW_TOKENS
@@ -54,6 +71,9 @@ class BatchRunner:
             torch.set_num_threads(self.step_threads)
         try:
             with torch.inference_mode():
+                if self.steps is not None and self.steps.takes(pieces, chosen):
+                    self.cache.copy(copies_of(pieces, len(self.cache.kinds)))
+                    return self.steps.run(pieces, chosen)
                 batch = pack(pieces, self.cache, self.device)
                 if batch.pending is not None:
                     assert chosen is not None, "a token is pending, and none was chosen"
@@ -65,17 +85,21 @@ class BatchRunner:
 
     def _forward(self, batch: Batch) -> Tensor:
         self.cache.copy(batch.copies)
-        options: dict[str, Any] = {KEYWORD: batch.pages}
         if self._takes_rows:
-            options["logits_to_keep"] = batch.rows
+            return self._all_logits(batch.ids, batch.positions, batch.pages, logits_to_keep=batch.rows)[0]
+        return self._all_logits(batch.ids, batch.positions, batch.pages)[0, batch.rows]
+
+    def _all_logits(self, ids: Tensor, positions: Tensor, pages: Pages, **options: Any) -> Tensor:
+        """Logits (1, total, vocab) of packed tokens, or of those that `options` ask the model for."""
         logits: Tensor = self.model(
-            input_ids=batch.ids,
-            position_ids=batch.positions,
+            input_ids=ids,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
+            **{KEYWORD: pages},
             **options,
-        ).logits[0]
-        return logits if self._takes_rows else logits[batch.rows]
+        ).logits
+        return logits
 
 
 __all__ = ["BatchRunner"]

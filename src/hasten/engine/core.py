@@ -185,7 +185,7 @@ class Core:
             if one[0].sequence.state is State.RUNNING:  # else a sibling has failed
                 good, part = self._apart(compute, [one])
                 done += good
-                rows += [part] if good else []
+                rows += [part.clone()] if good else []  # the next one may be computed into the same memory
         return done, torch.cat(rows) if rows else torch.empty(0)
 
     def _choices(self, sequence: Tokens) -> list[Choice]:
@@ -331,9 +331,9 @@ class Core:
 
 def _ids(chunk: Chunk) -> list[int]:
     """The tokens of a chunk; a 0 stands for one that is not read, until the runner puts it there."""
-    tokens, end = chunk.sequence.tokens, chunk.start + chunk.count - chunk.num_draft
-    known = [*tokens, 0] if chunk.is_pending else tokens
-    return [*known[chunk.start : end], *chunk.sequence.draft[: chunk.num_draft]]
+    end = chunk.start + chunk.count - chunk.num_draft
+    known = chunk.sequence.tokens[chunk.start : end]
+    return [*known, *[0] * chunk.is_pending, *chunk.sequence.draft[: chunk.num_draft]]
 
 
 def _as_ours(error: BaseException) -> HastenError:

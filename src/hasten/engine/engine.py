@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 
+import torch
+
 from hasten.cache.paged import PagedCache, layers_of
 from hasten.engine import prompt as prompts
 from hasten.engine import sizes
@@ -22,6 +24,7 @@ from hasten.engine.batch_runner import BatchRunner
 from hasten.engine.core import FAULTS, Core
 from hasten.engine.events import Failed, Finished, Token
 from hasten.engine.grammar import Grammars
+from hasten.engine.graphs import Capture, CudaCapture
 from hasten.engine.lookup import Lookup
 from hasten.engine.request import Choice, Event, Request
 from hasten.engine.runner import step_threads
@@ -37,6 +40,8 @@ class Stats:
     """What an engine is doing. num_free_pages, num_pages: by kind of layer. Counts are since it was made.
 
     num_drafted, num_accepted: tokens computed as a guess, and those of them that came true.
+    num_graphs: sizes of decode steps that have been captured as CUDA graphs; num_replays: steps computed by them.
+    no_graphs: why decode steps are none, or None.
     """
 
     num_waiting: int
@@ -48,6 +53,9 @@ class Stats:
     num_preemptions: int
     num_drafted: int
     num_accepted: int
+    num_graphs: int
+    num_replays: int
+    no_graphs: str | None
 
 
 class Handle:
@@ -85,6 +93,9 @@ class Engine:
     and other tokens where the best are close.
     max_batch_tokens: of one forward; prompts are cut to it. max_running: sequences computed at once; more wait.
     prompt_lookup_num_tokens: for requests that do not say it themselves (`Sampling`).
+    cuda_graphs: decode steps are captured when a size of batch is first met, and replayed; the default on CUDA. Hooks
+    of such a model do not run again, and its parameters may change in place, but not be exchanged. A model that cannot
+    be captured runs without, and `stats` says why.
 
     The tokens of a request are those it would get alone: batches, cut prompts, forks and preemption change rounding
     only. Raises ArgumentError for a model that keeps something else than K and V, for settings that contradict each
@@ -103,6 +114,7 @@ class Engine:
         max_batch_tokens: int | None = None,
         max_running: int | None = None,
         prompt_lookup_num_tokens: int = 0,
+        cuda_graphs: bool | None = None,
     ) -> None:
         self._num_lookup = Sampling(prompt_lookup_num_tokens=prompt_lookup_num_tokens).prompt_lookup_num_tokens or 0
         if model.training:
@@ -126,7 +138,15 @@ class Engine:
         )
         cache = PagedCache(layers, counts, page_size, model.dtype, device, stored)
         scheduler = Scheduler(cache.ledger(), max_batch_tokens=max_batch_tokens, max_running=max_running)
-        runner = BatchRunner(model, cache, step_threads=step_threads(model))
+        capture = _capture(device, cuda_graphs)
+        runner = BatchRunner(
+            model,
+            cache,
+            step_threads=step_threads(model),
+            capture=capture,
+            most_rows=max_running,
+            context=self._context,
+        )
         self._core = Core(runner, scheduler)
         self._grammars = Grammars(tokenizer, model.get_input_embeddings().weight.shape[0])
         self._numbers = itertools.count()
@@ -189,7 +209,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """What it is doing now."""
-        core, scheduler = self._core, self._core.scheduler
+        core, scheduler, steps = self._core, self._core.scheduler, self._core.runner.steps
         return Stats(
             num_waiting=len(scheduler.waiting),
             num_running=len(scheduler.running),
@@ -200,6 +220,9 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_drafted=core.num_drafted,
             num_accepted=core.num_accepted,
+            num_graphs=0 if steps is None else steps.num_graphs,
+            num_replays=0 if steps is None else steps.num_replays,
+            no_graphs="cuda_graphs is off" if steps is None else steps.refusal,
         )
 
     def check_integrity(self) -> None:
@@ -323,6 +346,14 @@ def _sampling(given: Sampling | Mapping[str, Any] | None) -> Sampling:
     if not isinstance(given, Mapping):
         raise ArgumentTypeError("sampling", "a Sampling or a mapping", type(given).__name__, "see hasten.Sampling")
     return Sampling.of(given)
+
+
+def _capture(device: torch.device, is_wanted: bool | None) -> Capture | None:
+    """How decode steps are captured on a device, None if they are not."""
+    is_cuda = device.type == "cuda"
+    if is_wanted and not is_cuda:
+        raise ArgumentError("cuda_graphs", "False, or a model on CUDA", f"True on {device.type}", "leave it out")
+    return CudaCapture(device) if is_cuda and is_wanted is not False else None
 
 
 def _with_seed(sampling: Sampling, index: int) -> Sampling:
