@@ -19,6 +19,14 @@ def accumulator(columns):
 
 
 @gluon.constexpr_function
+def quarters():
+    """Layout of (64, 4): of every row of an `accumulator`, what each of its four threads has summed up for itself."""
+    return gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
+
+
+@gluon.constexpr_function
 def folded(inner, outer):
     """Layout of (64, outer, inner) whose reshape to (64, outer * inner) is `accumulator`: cells keep their thread."""
     columns = [[0, 0, 1 << bit] for bit in range(inner.bit_length() - 1)]
@@ -100,14 +108,42 @@ def score(raw, scale, softcap):
 
 @gluon.jit
 def softmax_step(value, row_max, row_sum, unit, MASKED: gl.constexpr):
-    """(p, factor of what was summed before, row_max, row_sum) after one more tile of scores."""
+    """(p, factor of what was summed before, row_max, row_sum) after one more tile of scores.
+
+    row_sum (64, 4) stays apart for the four threads of a row: they add up once, when the item ends.
+    """
     new_max = gl.maximum(row_max, gl.max(value, 1))
     safe_max = new_max
     if MASKED:  # a row may have seen nothing yet: -inf - -inf
         safe_max = gl.where(new_max == -float("inf"), 0.0, new_max)
     p = gl.exp2(value * unit - (safe_max * unit)[:, None])
     rescale = gl.exp2((row_max - safe_max) * unit)  # exactly 1 while the maximum stands, however large it is
-    return p, rescale, new_max, row_sum * rescale + gl.sum(p, 1)
+    own = gl.sum(gl.sum(gl.reshape(p, [64, p.shape[1] // 8, 4, 2]), 3), 1)
+    factor = gl.convert_layout(rescale, gl.SliceLayout(1, quarters()))[:, None]
+    row_sum = row_sum * factor + gl.convert_layout(own, quarters(), assert_trivial=True)
+    return p, rescale, new_max, row_sum
+
+
+@gluon.jit
+def pack(p, DTYPE: gl.constexpr):
+    """int32 (64, N / 2): two neighbours of p (64, N) float32 rounded to a 16-bit DTYPE, the first in the low half.
+
+    Kept over a loop as 16-bit values, the compiler takes every pair apart and puts it together again.
+    """
+    COLUMNS: gl.constexpr = p.shape[1] // 2
+    low, high = gl.split(gl.reshape(p, [64, COLUMNS, 2]))
+    ASM: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if DTYPE == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(ASM, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def unpack(words, DTYPE: gl.constexpr, BLOCK_D: gl.constexpr):
+    """What `pack` packed, (64, N) as the left operand of a product of BLOCK_D columns."""
+    COLUMNS: gl.constexpr = words.shape[1] * 2
+    low = words.to(gl.int16).to(DTYPE, bitcast=True)
+    high = (words >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+    p = gl.reshape(gl.join(low, high), [64, COLUMNS])
+    return gl.convert_layout(p, gl.DotOperandLayout(0, accumulator(BLOCK_D), 2))
 
 
 @gluon.jit

@@ -27,9 +27,12 @@ from hasten.ops.hopper.cells import (
     hide_values,
     keys_word,
     listed_cells,
+    pack,
+    quarters,
     score,
     score_unit,
     softmax_step,
+    unpack,
 )
 from hasten.ops.hopper.producer import produce
 from hasten.ops.hopper.schedule import item_visits
@@ -102,7 +105,7 @@ def _first_visit(
     CONSUMER: gl.constexpr,
     options: gl.constexpr,
 ):
-    """(p, row_max, row_sum) of the first tile of an item: always masked, with no product of V to run beside."""
+    """(p, rescale, row_max, row_sum) of the first tile of an item: always masked, with no product of V to run beside."""
     _q, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
     BLOCK_N: gl.constexpr = options[0]
     STAGES: gl.constexpr = options[3]
@@ -116,10 +119,9 @@ def _first_visit(
     barrier_arrive(FIRST_BARRIER + stage, 128 * options[2] + 32)
     value = gl.where(keep, score(raw, terms[0], terms[1]), -float("inf"))
     unit = score_unit(terms[0], terms[1])
-    p, _, row_max, row_sum = softmax_step(value, row_max, row_sum, unit, True)
+    p, rescale, row_max, row_sum = softmax_step(value, row_max, row_sum, unit, True)
     _hide(where, bounds, v_smem.index(stage), v_full.index(stage), phase, entry, is_partial, options)
-    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, accumulator(options[1]), 2))
-    return p, row_max, row_sum
+    return pack(p, q.dtype), rescale, row_max, row_sum
 
 
 @gluon.jit
@@ -127,6 +129,7 @@ def _next_visit(
     q,
     acc,
     p,
+    rescale,
     row_max,
     row_sum,
     shared,
@@ -140,7 +143,10 @@ def _next_visit(
     CONSUMER: gl.constexpr,
     options: gl.constexpr,
 ):
-    """(acc, p, row_max, row_sum) after one more tile; P of the tile before meets its V beside this tile's softmax."""
+    """(acc, p, rescale, row_max, row_sum) after one more tile; P of the tile before meets its V beside its softmax.
+
+    `rescale` is what acc is multiplied by before `p` is added: beside S of the next tile, where it costs nothing.
+    """
     _q, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
     THREADS: gl.constexpr = 128 * options[2] + 32
     BLOCK_N: gl.constexpr = options[0]
@@ -148,9 +154,11 @@ def _next_visit(
     stage, phase = fill % STAGES, (fill // STAGES) & 1
     before = (fill - 1) % STAGES
     s_layout: gl.constexpr = accumulator(BLOCK_N)
+    p = unpack(p, q.dtype, options[1])
     mbarrier.wait(k_full.index(stage), phase)
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     raw = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, accumulator(options[1])))[:, None]
     mbarrier.wait(v_full.index(before), ((fill - 1) // STAGES) & 1)
     acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
     raw = warpgroup_mma_wait(1, deps=[raw])
@@ -161,14 +169,12 @@ def _next_visit(
         value = gl.where(keep, value, -float("inf"))
     unit = score_unit(terms[0], terms[1])
     next_p, rescale, row_max, row_sum = softmax_step(value, row_max, row_sum, unit, MASKED)
-    next_p = next_p.to(q.dtype)
     acc = warpgroup_mma_wait(0, deps=[acc])
     barrier_arrive(FIRST_BARRIER + STAGES + before, THREADS)
     if MASKED:
         _hide(where, bounds, v_smem.index(stage), v_full.index(stage), phase, entry, True, options)
-    o_layout: gl.constexpr = accumulator(options[1])
-    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None]
-    return acc, gl.convert_layout(next_p, gl.DotOperandLayout(0, o_layout, 2)), row_max, row_sum
+    next_p = pack(next_p, q.dtype)
+    return acc, next_p, rescale, row_max, row_sum
 
 
 @gluon.jit
@@ -178,6 +184,7 @@ def _store(acc, row_max, row_sum, staged, out, terms, place, head, first, option
     out_desc, cu_seqlens_q, out_ptr, lse_ptr, num_heads, total_q, head_dim_v = out
     BLOCK_D: gl.constexpr = options[1]
     batch, row, _, length_q = place
+    row_sum = gl.convert_layout(gl.sum(row_sum, 1), row_max.type.layout)
     o_layout: gl.constexpr = accumulator(options[1])
     empty = row_sum == 0.0
     row_sum = gl.where(empty, 1.0, row_sum)
@@ -245,32 +252,35 @@ def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options:
         m0, num_full, num_partial = tile * CONSUMERS * 64, visits[1], visits[5]
         q = q_smem.index((turn % Q_STAGES) * CONSUMERS + CONSUMER)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
-        row_sum = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
-        row_max = row_sum - float("inf")
+        row_sum = gl.zeros([64, 4], gl.float32, quarters())
+        row_max = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, s_layout))
         if terms[2] is not None:  # a sink is a score without a value: the softmax starts from it
-            row_max = row_sum + gl.load(terms[2] + head) * LOG2E / score_unit(terms[0], terms[1])
-            row_sum += 1.0
+            sink = gl.load(terms[2] + head) * LOG2E / score_unit(terms[0], terms[1])
+            row_max = gl.zeros_like(row_max) + sink
+            row_sum += 0.25
         if num_full + num_partial > 0:
             entry = gl.where(num_partial > 0, partial_entry(visits, 0), visits[0])
-            p, row_max, row_sum = _first_visit(
+            p, rescale, row_max, row_sum = _first_visit(
                 q, row_max, row_sum, shared, where, bounds, m0, entry, num_partial > 0, fill, terms,
                 CONSUMER, options,
             )  # fmt: skip
             fill += 1
             for step in range(1, num_partial):
-                acc, p, row_max, row_sum = _next_visit(
-                    q, acc, p, row_max, row_sum, shared, where, bounds, m0, partial_entry(visits, step), fill,
+                acc, p, rescale, row_max, row_sum = _next_visit(
+                    q, acc, p, rescale, row_max, row_sum, shared, where, bounds, m0, partial_entry(visits, step), fill,
                     terms, True, CONSUMER, options,
                 )  # fmt: skip
                 fill += 1
             for _ in range(gl.where(num_partial > 0, 0, 1), num_full):
-                acc, p, row_max, row_sum = _next_visit(
-                    q, acc, p, row_max, row_sum, shared, where, bounds, m0, 0, fill,
+                acc, p, rescale, row_max, row_sum = _next_visit(
+                    q, acc, p, rescale, row_max, row_sum, shared, where, bounds, m0, 0, fill,
                     terms, False, CONSUMER, options,
                 )  # fmt: skip
                 fill += 1
             mbarrier.arrive(q_empty.index(turn % Q_STAGES))
             last = (fill - 1) % STAGES
+            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None]
+            p = unpack(p, q.dtype, BLOCK_D)
             mbarrier.wait(v_full.index(last), ((fill - 1) // STAGES) & 1)
             acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
