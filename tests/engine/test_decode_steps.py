@@ -14,6 +14,7 @@ from hasten.engine.batch import Piece
 from hasten.engine.batch_runner import BatchRunner
 from hasten.engine.decode_steps import Inputs, PageRows, size_of
 from hasten.errors import ArgumentError
+from hasten.models.merged import MergedLinear
 from tests.engine import test_engine
 from tests.engine.test_engine import LENGTHS, NEW, engine, ids_of, model, of_transformers, prompt, run
 from tests.models.tiny import DECODERS, distance, tokens
@@ -98,6 +99,16 @@ def test_logits_equal_those_of_whole_prompts_in_batches_that_change(architecture
         assert len(logits) == len(rows) and distance(logits, want) < 1e-5, position
     assert runner.steps.num_replays == 22 and runner.steps.num_graphs == 3  # (4, 64), (2, 64), (1, 64)
     assert all(pool[0].isnan().all() for pools in cache.pools for pool in pools)
+
+
+def test_merged_projections_change_no_token():
+    built = test_engine.BY_NAME["gemma2"].build()
+    built.generation_config.eos_token_id = None
+    with engine(built, merge_projections=True) as made:
+        assert sum(type(layer) is MergedLinear for layer in built.modules()) == 5 * 3
+        records = run(made, [prompt(length) for length in LENGTHS], stays_open=True)
+        assert ids_of(records) == [of_transformers("gemma2", length) for length in LENGTHS]
+    assert not any(isinstance(layer, MergedLinear) for layer in built.modules())
 
 
 @pytest.mark.parametrize("is_ahead", [False, True])

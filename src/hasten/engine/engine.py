@@ -10,7 +10,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -30,32 +30,11 @@ from hasten.engine.request import Choice, Event, Request
 from hasten.engine.runner import step_threads
 from hasten.engine.sampling import MAX_SEED, Chooser, Sampling, end_ids
 from hasten.engine.scheduler import Scheduler
+from hasten.engine.stats import Stats
 from hasten.errors import ArgumentError, ArgumentTypeError, HastenError
+from hasten.models.merged import Merged, merge
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """What an engine is doing. num_free_pages, num_pages: by kind of layer. Counts are since it was made.
-
-    num_drafted, num_accepted: tokens computed as a guess, and those of them that came true.
-    num_graphs: sizes of decode steps that have been captured as CUDA graphs; num_replays: steps computed by them.
-    no_graphs: why decode steps are none, or None.
-    """
-
-    num_waiting: int
-    num_running: int
-    num_free_pages: tuple[int, ...]
-    num_pages: tuple[int, ...]
-    num_steps: int
-    num_positions: int
-    num_preemptions: int
-    num_drafted: int
-    num_accepted: int
-    num_graphs: int
-    num_replays: int
-    no_graphs: str | None
 
 
 class Handle:
@@ -96,6 +75,8 @@ class Engine:
     cuda_graphs: decode steps are captured when a size of batch is first met, and replayed; the default on CUDA. Hooks
     of such a model do not run again, and its parameters may change in place, but not be exchanged. A model that cannot
     be captured runs without, and `stats` says why.
+    merge_projections: layers that read the same input (q, k, v; gate, up) are one product until `close`, and their
+    weights lie in one piece of memory, with the same names and values; the default on CUDA.
 
     The tokens of a request are those it would get alone: batches, cut prompts, forks and preemption change rounding
     only. Raises ArgumentError for a model that keeps something else than K and V, for settings that contradict each
@@ -115,6 +96,7 @@ class Engine:
         max_running: int | None = None,
         prompt_lookup_num_tokens: int = 0,
         cuda_graphs: bool | None = None,
+        merge_projections: bool | None = None,
     ) -> None:
         self._num_lookup = Sampling(prompt_lookup_num_tokens=prompt_lookup_num_tokens).prompt_lookup_num_tokens or 0
         if model.training:
@@ -124,6 +106,9 @@ class Engine:
         max_running = max_running if max_running is not None else 64 if is_cpu else 256
         max_batch_tokens = max_batch_tokens if max_batch_tokens is not None else 256 if is_cpu else 2048
         self.model, self.tokenizer, self._context = model, tokenizer, sizes.longest(model.config)
+        self._merged = (
+            _merged(model, device) if merge_projections or (merge_projections is None and not is_cpu) else None
+        )
         layers, stored = layers_of(model), sizes.stored_as(kv_dtype, model.dtype)
         counts = sizes.num_pages(
             layers,
@@ -209,21 +194,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """What it is doing now."""
-        core, scheduler, steps = self._core, self._core.scheduler, self._core.runner.steps
-        return Stats(
-            num_waiting=len(scheduler.waiting),
-            num_running=len(scheduler.running),
-            num_free_pages=scheduler.ledger.num_free,
-            num_pages=core.runner.cache.num_pages,
-            num_steps=core.num_steps,
-            num_positions=core.num_positions,
-            num_preemptions=scheduler.num_preemptions,
-            num_drafted=core.num_drafted,
-            num_accepted=core.num_accepted,
-            num_graphs=0 if steps is None else steps.num_graphs,
-            num_replays=0 if steps is None else steps.num_replays,
-            no_graphs="cuda_graphs is off" if steps is None else steps.refusal,
-        )
+        return Stats.of(self._core)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a page is lost or held twice; waits until the engine has nothing to do."""
@@ -242,6 +213,8 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         self._core.runner.close()
+        if self._merged is not None:
+            self._merged.undo()
 
     def __enter__(self) -> Engine:
         return self
@@ -346,6 +319,13 @@ def _sampling(given: Sampling | Mapping[str, Any] | None) -> Sampling:
     if not isinstance(given, Mapping):
         raise ArgumentTypeError("sampling", "a Sampling or a mapping", type(given).__name__, "see hasten.Sampling")
     return Sampling.of(given)
+
+
+def _merged(model: Any, device: torch.device) -> Merged:
+    merged = merge(model)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # where the weights lay before is free for the cache
+    return merged
 
 
 def _capture(device: torch.device, is_wanted: bool | None) -> Capture | None:
