@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -18,9 +20,21 @@ def options(**changes) -> Options:
     return Options(**(usual | {"dtype": torch.float32, "device": CPU} | changes))
 
 
+class FixedClock:
+    """Every run of all tokens takes 0.6 s, every run of one 0.1 s."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.seconds = itertools.cycle(seconds)
+
+    def wall_s(self, work):
+        work()
+        return next(self.seconds)
+
+
 @pytest.fixture(autouse=True)
-def read(monkeypatch):
+def fixed(monkeypatch):
     monkeypatch.setattr(generation, "measure_read", lambda device: 10.0)
+    monkeypatch.setattr(generation, "clock_for", lambda device: FixedClock(0.6, 0.1))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
@@ -31,14 +45,21 @@ def test_every_variant_gives_the_same_tokens_and_a_complete_record():
     for record in made:
         assert record["kind"] == "generation" and record["status"] == "ok", record
         assert record["tokens_equal"] == record["first_tokens_equal"] == 1.0
-        assert record["decode_tokens_per_s"] == pytest.approx(3 / record["ms_per_step"] * 1e3, rel=1e-3)
-        assert record["tokens_per_s"] == pytest.approx(18 / record["total_s"], rel=1e-2) and record["n"] == 1
+        assert (record["ms_per_step"], record["decode_tokens_per_s"], record["tokens_per_s"]) == (100.0, 30.0, 30.0)
+        assert (record["total_s"], record["first_s"], record["n"]) == (0.6, 0.1, 1)
         bytes_step = (record["weight_gb"] + record["kv_gb"]) * 1e9
         assert record["share_of_read"] == pytest.approx(bytes_step / record["ms_per_step"] / 1e7, rel=1e-2, abs=1e-4)
         assert {"device", "commit", "command", "read_gbps", "transformers"} <= set(record)
     assert made[-1]["no_graphs"] == "cuda_graphs is off" and len(told) == 1 + len(VARIANTS)
     lines = generation.table(made).splitlines()
     assert lines[0].count("|") == 2 + len(VARIANTS) and lines[2].startswith("| tiny 3x20+6 | ")
+
+
+def test_a_run_that_is_too_short_has_no_time(monkeypatch):
+    monkeypatch.setattr(generation, "clock_for", lambda device: FixedClock(0.1, 0.2))
+    made = []
+    generation.run(options(variants=["transformers"]), made.extend, lambda line: None)
+    assert made[0]["status"] == "too short to time" and "ms_per_step" not in made[0]
 
 
 def test_another_model_is_wrong_and_a_failure_is_told(monkeypatch):

@@ -158,6 +158,8 @@ def measure_variant(
         gc.collect()
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
+    if not statistics.median(found.whole_s) > statistics.median(found.one_s):
+        return record | {"status": "too short to time"}, found.tokens
     itemsize = 1 if record["kv_dtype"] else options.dtype.itemsize
     traffic = Traffic.of(model, prompt + new // 2, itemsize)
     return record | {"status": "ok", **_figures(found, batch, new, traffic, read_gbps, options)}, found.tokens
@@ -218,7 +220,7 @@ def _of_engine(model: Any, ids: Tensor, new: int, options: Options, asked: dict[
 
 def _figures(found: Found, batch: int, new: int, traffic: Traffic, read_gbps: float, options: Options) -> Record:
     whole, one = statistics.median(found.whole_s), statistics.median(found.one_s)
-    step_s = max(whole - one, 1e-9) / (new - 1)
+    step_s = (whole - one) / (new - 1)
     bytes_step = traffic.weights + batch * traffic.kv
     is_cuda = options.device.type == "cuda"
     return {
