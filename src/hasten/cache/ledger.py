@@ -30,9 +30,12 @@ class Ledger:
         """The most pages that a sequence of `num_tokens` ever holds, computed `chunk` tokens at a time, by kind."""
         return tuple(self._most(window, num_tokens, chunk) for window in self.windows)
 
-    def fits(self, num_tokens: int, chunk: int) -> bool:
-        """True if a sequence of `num_tokens` can be computed with every pool to itself."""
-        most = self.pages_of(num_tokens, chunk)
+    def fits(self, num_tokens: int, chunk: int, num_sequences: int = 1) -> bool:
+        """True if so many sequences of `num_tokens` each can be computed together with every pool to themselves.
+
+        Several need a page beside each that runs when the last of them is let in (`has_room`).
+        """
+        most = [num_sequences * count + num_sequences - 1 for count in self.pages_of(num_tokens, chunk)]
         return all(count <= pool.num_pages for count, pool in zip(most, self.pools, strict=True))
 
     def has_room(self, num_tokens: int, chunk: int, spare: int = 0) -> bool:

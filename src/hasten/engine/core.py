@@ -75,6 +75,7 @@ class Core:
             holding=self.scheduler.ledger.open(),
             arrival=(request.number, 0),
             seats=len(request.choices),
+            is_of_group=request.beams is not None,
             deadline_s=request.deadline_s,
             owner=first,
             most=len(request.prompt) + request.limit - 1,
@@ -123,13 +124,35 @@ class Core:
         for chunk, own in done:
             first += len(own)
             self._read_prompt_logprobs(chunk, own, logits, first - len(own))
-            if chunk.is_last and chunk.sequence.state is State.RUNNING:
+            if chunk.is_last and chunk.sequence.owner.request.beams is not None:
+                self._put_beam(chunk.sequence.owner, logits[first - 1])
+            elif chunk.is_last and chunk.sequence.state is State.RUNNING:
                 for choice in self._choices(chunk.sequence):
                     choice.draft, choice.marks = chunk.sequence.draft[: chunk.num_draft], []
                     ends = range(chunk.num_draft + 1)
                     wanted += [Pick(choice, first - len(ends) + place, place) for place in ends]
         if wanted:
             self._choose(wanted, logits)
+
+    def _put_beam(self, choice: Choice, logits: Tensor) -> None:
+        """Take the logits (vocab,) of a beam, and let all of its request go on if they can."""
+        request = choice.request
+        if choice.is_done:
+            return
+        try:
+            request.beams.put(choice, logits)
+            found = request.beams.advance(request, self.scheduler) if request.beams.is_ready else None
+        except FAULTS as error:
+            self.fail(request.number, _as_ours(error))
+            return
+        if found is None:
+            return
+        for own, hypothesis in zip(request.choices, found, strict=False):
+            own.score, own.first_token_s, own.last_token_s = hypothesis.score, self.clock(), self.clock()
+            for token in hypothesis.tokens:
+                request.emit(Token(id=token, text=own.answer.push(token)[0], index=own.index))
+            self._finish(own, "length" if own.answer.stopped_by is None else "stop")
+        self._end(request, "stop")
 
     def _needs_tokens(self, launched: Launched) -> bool:
         """True if the next choice of somebody depends on the tokens so far, which are therefore read first."""
@@ -297,7 +320,8 @@ class Core:
             self.scheduler.finish(sequence)
         if request.is_done:
             del self.requests[request.number]
-        request.emit(self._record(choice, reason))
+        if choice.index < request.num_records:
+            request.emit(self._record(choice, reason))
 
     def _record(self, choice: Choice, reason: str) -> Finished:
         request, answer, cache = choice.request, choice.answer, self.runner.cache
@@ -326,6 +350,7 @@ class Core:
             num_preemptions=choice.num_preemptions,
             num_drafted=choice.num_drafted,
             num_accepted=choice.num_accepted,
+            score=choice.score,
         )
 
 

@@ -21,6 +21,8 @@ from hasten.engine import prompt as prompts
 from hasten.engine import sizes
 from hasten.engine.answer import Answer
 from hasten.engine.batch_runner import BatchRunner
+from hasten.engine.beam_search import BeamSearch, kept
+from hasten.engine.beams import Beams
 from hasten.engine.core import FAULTS, Core
 from hasten.engine.events import Failed, Finished, Token
 from hasten.engine.grammar import Grammars
@@ -156,7 +158,7 @@ class Engine:
         if timeout_s is not None and not timeout_s > 0:
             raise ArgumentError("timeout_s", "more than 0 seconds", timeout_s, "leave it out for no limit")
         request = self._request(prompts.encode(self.tokenizer, prompt, is_chat=is_chat), sampling, timeout_s)
-        handle = Handle(self, request.number, sampling.n)
+        handle = Handle(self, request.number, request.num_records)
         request.emit = handle.queue.put
         self._send(request)
         return handle
@@ -242,7 +244,10 @@ class Engine:
         )
         wanted = sampling.prompt_lookup_num_tokens
         num_lookup = self._num_lookup if wanted is None else wanted
-        for index in range(sampling.n):
+        if sampling.num_beams > 1:
+            options = (sampling.num_beams, sampling.length_penalty, sampling.early_stopping)
+            request.beams, num_lookup = Beams(BeamSearch(*options, ends, limit)), 0
+        for index in range(max(sampling.n, sampling.num_beams)):
             own = sampling if sampling.seed is None else _with_seed(sampling, index)
             grammar = self._grammars.make(sampling, len(ids), sorted(ends))
             first = [] if grammar is None else [grammar]
@@ -266,13 +271,22 @@ class Engine:
     def _check(self, ids: Sequence[int], sampling: Sampling, limit: int) -> None:
         scheduler, cache = self._core.scheduler, self._core.runner.cache
         num_tokens = len(ids) + limit - 1  # the last one goes through no layer
-        if not scheduler.fits(num_tokens):
-            wanted = scheduler.ledger.pages_of(num_tokens, scheduler.max_batch_tokens)
+        beams = sampling.num_beams
+        if not scheduler.fits(num_tokens, beams):
+            each = scheduler.ledger.pages_of(num_tokens, scheduler.max_batch_tokens)
+            wanted = tuple(beams * count + beams - 1 for count in each)
             expected = f"at least {wanted} pages for {len(ids)} tokens and {limit} new ones"
+            expected += f" of {beams} beams" if beams > 1 else ""
             raise ArgumentError("num_pages", expected, cache.num_pages, "give the engine more, or lower max_tokens")
-        if sampling.n > scheduler.max_running:
-            raise ArgumentError("n", f"at most max_running, {scheduler.max_running}", sampling.n, "ask for fewer")
+        for name in ("n", "num_beams"):
+            if getattr(sampling, name) > scheduler.max_running:
+                expected = f"at most max_running, {scheduler.max_running}"
+                raise ArgumentError(name, expected, getattr(sampling, name), "ask for fewer")
         vocab = self.model.get_input_embeddings().weight.shape[0]
+        num_ends = len({*end_ids(getattr(self.model, "generation_config", None)), *sampling.stop_ids})
+        if beams > 1 and kept(beams, num_ends) > vocab:
+            expected = f"beams whose continuations, {kept(beams, num_ends)}, are at most the vocabulary of {vocab}"
+            raise ArgumentError("num_beams", expected, beams, "ask for fewer")
         strange = [token for token in sampling.logit_bias if token >= vocab]
         if strange:
             raise ArgumentError("logit_bias", f"token ids from 0 to {vocab - 1}", strange[0], "correct or remove it")

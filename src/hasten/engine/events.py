@@ -41,7 +41,8 @@ class Finished:
     num_positions: tokens that went through the model. path: how the last step was computed. seed: of the
     draws, None if there were none. index, logprobs: as in `Token`, of all tokens. prompt_logprobs: None for the first
     token of the prompt, which nothing comes before. num_preemptions: how often it had to be computed again.
-    num_drafted, num_accepted: tokens that were computed as a guess, and those of them that came true.
+    num_drafted, num_accepted: tokens that were computed as a guess, and those of them that came true. score: of beam
+    search, the sum of log probabilities over length ** length_penalty.
     """
 
     finish_reason: str
@@ -66,6 +67,7 @@ class Finished:
     num_preemptions: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,7 @@ def _check_numbers(logits: Tensor) -> None:
 
 
 _NONE = ("logprobs", "prompt_logprobs", "json_schema", "regex", "grammar", "prompt_lookup_num_tokens")
-_OF_ENGINES = (("n", 1), *((name, None) for name in _NONE))
+_OF_ENGINES = (("n", 1), ("num_beams", 1), *((name, None) for name in _NONE))
 
 
 def _refuse_what_only_an_engine_has(sampling: Sampling) -> None:

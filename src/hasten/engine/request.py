@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class Choice:
     num_lookup: int = 0
     draft: list[int] = field(default_factory=list)
     marks: list[Tensor] = field(default_factory=list)
+    score: float | None = None
     num_drafted: int = 0
     num_accepted: int = 0
     num_positions: int = 0
@@ -47,7 +49,10 @@ class Choice:
 
 @dataclass(eq=False, kw_only=True)
 class Request:
-    """What was asked. emit: takes its events, in the engine's thread. Times are seconds of the engine's clock."""
+    """What was asked. emit: takes its events, in the engine's thread. Times are seconds of the engine's clock.
+
+    beams: its beam search (beams.py), whose beams are its choices. Of these only the first get a record.
+    """
 
     number: int
     prompt: list[int]
@@ -57,7 +62,13 @@ class Request:
     submitted_s: float
     deadline_s: float | None = None
     choices: list[Choice] = field(default_factory=list)
+    beams: Any = None
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)  # begins with None if they are asked for
+
+    @property
+    def num_records(self) -> int:
+        """How many of the choices, from the first, are handed out."""
+        return self.sampling.num_return_sequences if self.beams is not None else len(self.choices)
 
     @property
     def is_done(self) -> bool:

@@ -50,6 +50,11 @@ class Sampling:
     prompt_lookup_num_tokens: so many next tokens are guessed from where the last few occurred before, and computed at
     once; what is chosen is the same. 0 guesses none, None is as many as the engine says.
 
+    num_beams: more than 1 is beam search, as in transformers' `generate`: no draws, no n, and the texts come when all
+    are done. num_return_sequences: how many of the beams, best first. length_penalty: scores are divided by length to
+    its power. early_stopping: True ends as soon as there are num_beams texts, False where better ones are unlikely,
+    "never" where there can be none.
+
     Raises ArgumentError for a value out of range, and for a limit on a draw that does not take place.
     """
 
@@ -72,6 +77,10 @@ class Sampling:
     regex: str | None = None
     grammar: str | None = None
     prompt_lookup_num_tokens: int | None = None
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1)
@@ -105,6 +114,7 @@ class Sampling:
                 if not isinstance(value, kind) or isinstance(value, bool) or not is_good:
                     expected = "strings that are not empty" if kind is str else "token ids >= 0"
                     raise ArgumentError(name, expected, repr(value), "correct or remove it")
+        _check_beams(self)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Sampling:
@@ -255,12 +265,35 @@ def _check_int(name: str, value: int | None, least: int, most: int | None = None
 
 
 def _check_number(name: str, value: float | None, expected: str, is_in_range: Any) -> None:
-    if value is None and name not in ("temperature", "presence_penalty", "frequency_penalty"):
+    if value is None and name not in ("temperature", "presence_penalty", "frequency_penalty", "length_penalty"):
         return
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ArgumentTypeError(name, f"a number, {expected}", repr(value), "write a number")
     if not math.isfinite(value) or not is_in_range(value):
         raise ArgumentError(name, f"a number, {expected}", value, "choose a value in that range")
+
+
+# what goes with beam search only, and what does not go with it, with the value that means "not used"
+_OF_BEAMS = {"num_return_sequences": 1, "length_penalty": 1.0, "early_stopping": False}
+_NOT_OF_BEAMS = {"temperature": 0.0, "n": 1, "stop": (), "logprobs": None, "json_schema": None, "regex": None}
+_NOT_OF_BEAMS |= {"grammar": None, "prompt_lookup_num_tokens": None}
+
+
+def _check_beams(sampling: Sampling) -> None:
+    _check_int("num_beams", sampling.num_beams, 1, MAX_CHOICES)
+    _check_int("num_return_sequences", sampling.num_return_sequences, 1, MAX_CHOICES)
+    _check_number("length_penalty", sampling.length_penalty, "a finite one", lambda value: True)
+    if not isinstance(sampling.early_stopping, bool) and sampling.early_stopping != "never":
+        raise ArgumentError("early_stopping", "True, False or 'never'", repr(sampling.early_stopping), "choose one")
+    is_beam_search = sampling.num_beams > 1
+    for name, unused in (_NOT_OF_BEAMS if is_beam_search else _OF_BEAMS).items():
+        value = getattr(sampling, name)
+        if value != unused and (name, value) != ("prompt_lookup_num_tokens", 0):
+            beside = f"num_beams {sampling.num_beams}"
+            raise ArgumentError(name, f"{unused!r} beside {beside}", repr(value), f"leave it out or change {beside}")
+    if sampling.num_return_sequences > sampling.num_beams:
+        expected = f"at most num_beams, {sampling.num_beams}"
+        raise ArgumentError("num_return_sequences", expected, sampling.num_return_sequences, "ask for fewer")
 
 
 def _check_bias(bias: Mapping[int, float]) -> None:

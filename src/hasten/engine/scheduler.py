@@ -72,9 +72,9 @@ class Scheduler:
         """All that wait or run."""
         return [*self.running, *self.waiting]
 
-    def fits(self, num_tokens: int) -> bool:
-        """True if a sequence that grows to so many computed tokens can be served at all."""
-        return self.ledger.fits(num_tokens, self.max_batch_tokens)
+    def fits(self, num_tokens: int, num_sequences: int = 1) -> bool:
+        """True if so many sequences that grow to so many computed tokens can be served at once."""
+        return self.ledger.fits(num_tokens, self.max_batch_tokens, num_sequences)
 
     def add(self, sequence: Sequence) -> None:
         """Let a new sequence wait for its turn."""
@@ -91,6 +91,7 @@ class Scheduler:
             arrival=arrival,
             deadline_s=sequence.deadline_s,
             most=sequence.most,
+            is_of_group=sequence.is_of_group,
             state=State.RUNNING,
         )
         insort(self.running, other, key=_arrival)
@@ -139,9 +140,9 @@ class Scheduler:
             return
         sequence.holding.slide()
         while not sequence.holding.can_grow(count):
-            victim = self.running[-1]
-            self._preempt(victim, step)
-            if victim is sequence:
+            for victim in self._victims():
+                self._preempt(victim, step)
+            if sequence.state is not State.RUNNING:
                 return
         start = sequence.num_computed
         copies, is_last = sequence.holding.grow(count), start + count == sequence.num_tokens
@@ -162,6 +163,13 @@ class Scheduler:
             head.state = State.RUNNING
             insort(self.running, head, key=_arrival)
             self._advance(head, step)
+
+    def _victims(self) -> list[Sequence]:
+        """The last to have come, and those that cannot go on without it."""
+        last = self.running[-1]
+        if not last.is_of_group:
+            return [last]
+        return [one for one in self.running if one.is_of_group and one.arrival[0] == last.arrival[0]]
 
     def _preempt(self, victim: Sequence, step: Step) -> None:
         """Give up its pages, and what this step had planned for it; it waits, before all that came later."""

@@ -27,7 +27,8 @@ class Sequence:
     arrival: (request, continuation of it): earlier ones go first, and are preempted last. seats: places in a batch
     that it will take, more than one if it is to be forked. deadline_s: the time, on the scheduler's clock, at which it
     is too late. owner: whose it is; the scheduler does not look. draft: tokens that may come next, to be computed in
-    the next step as far as there is room, and cut back where they are not what is chosen.
+    the next step as far as there is room, and cut back where they are not what is chosen. is_of_group:
+    none of the sequences of its request goes on without the others, so they are preempted together.
     """
 
     tokens: list[int]
@@ -38,6 +39,7 @@ class Sequence:
     owner: Any = None
     most: int = sys.maxsize
     num_pending: int = 0
+    is_of_group: bool = False
     draft: list[int] = field(default_factory=list)
     state: State = field(default=State.WAITING)
     num_preemptions: int = 0
