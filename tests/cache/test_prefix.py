@@ -419,7 +419,7 @@ def test_any_schedule(seed, num_pages, page_size, windows, eviction):
 
 
 @pytest.mark.slow
-@settings(max_examples=4000)
+@settings(max_examples=2000)
 @SCHEDULES
 def test_thousands_of_schedules(seed, num_pages, page_size, windows, eviction):
     run(seed, num_pages, page_size, windows, eviction)

@@ -140,7 +140,12 @@ class PrefixTree:
         with self._lock:
             match = matching.find(self._roots.get(salt), tokens, len(tokens), self.windows, self.page_size)
             if match.num_tokens:
-                self._pins.add(Pin(name, salt, match.nodes, match.pages, match.num_tokens, ttl_s))
+                # windows also at the end of the last whole page, where those begin that have no room for a copy
+                whole = matching.cut(match, self.windows, self.page_size).pages
+                short = len(match.nodes) - len(whole[0])
+                both = zip(match.pages, ((*pages, *[NULL_PAGE] * short) for pages in whole), strict=True)
+                pages = tuple(tuple(a or b for a, b in zip(*pair, strict=True)) for pair in both)
+                self._pins.add(Pin(name, salt, match.nodes, pages, match.num_tokens, ttl_s))
             return match.num_tokens
 
     def unpin(self, name: str, salt: str | None = "") -> bool:

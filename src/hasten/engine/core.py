@@ -93,7 +93,7 @@ class Core:
         for choice in request.choices:
             choice.is_done = True
             if choice.sequence is not None:
-                self.scheduler.finish(choice.sequence)
+                self.scheduler.finish(choice.sequence, is_broken=True)
         request.emit(Failed(error=error))
 
     def step(self) -> None:
@@ -109,6 +109,8 @@ class Core:
         chunks = self.scheduler.schedule().chunks
         if chunks:
             self._launch(chunks, before)
+        if self.scheduler.prefixes is not None:
+            self.scheduler.prefixes.release()
         self._collect(before)
         if not self.is_ahead:
             self._launched = self._collect(self._launched)
@@ -124,6 +126,8 @@ class Core:
         for chunk, own in done:
             first += len(own)
             self._read_prompt_logprobs(chunk, own, logits, first - len(own))
+            if self.scheduler.prefixes is not None and chunk.sequence.state is State.RUNNING:
+                self.scheduler.prefixes.computed(chunk.sequence, chunk.start + chunk.count)
             if chunk.is_last and chunk.sequence.owner.request.beams is not None:
                 self._put_beam(chunk.sequence.owner, logits[first - 1])
             elif chunk.is_last and chunk.sequence.state is State.RUNNING:
@@ -163,7 +167,8 @@ class Core:
         """Raise AssertionError unless every page is free or held by a sequence that is on its way."""
         held = {choice.sequence for one in self.requests.values() for choice in one.choices if not choice.is_done}
         assert held - {None} == set(self.scheduler.sequences), "sequences without a request, or requests without one"
-        self.scheduler.ledger.check_integrity([one.holding for one in self.scheduler.sequences])
+        others = () if self.scheduler.prefixes is None else self.scheduler.prefixes.held_pages()
+        self.scheduler.ledger.check_integrity([one.holding for one in self.scheduler.sequences], others)
 
     def _rows(self, chunk: Chunk) -> list[int]:
         """Whose logits of a chunk are wanted: the last token's, and the prompt's where nobody has read them."""
@@ -336,7 +341,7 @@ class Core:
             ttft_s=(self.clock() if first is None else first) - request.submitted_s,
             decode_s=decode_s,
             tokens_per_s=(len(answer.tokens) - 1) / decode_s if decode_s > 0 else None,
-            cache_bytes=sum(count * one for count, one in zip(choice.num_pages, cache.page_nbytes, strict=True)),
+            cache_bytes=sum(count * one for count, one in zip(choice.num_pages, cache.page_nbytes, strict=False)),
             cache_capacity=max(choice.num_pages) * cache.page_size,
             cache_bytes_per_token=sum(cache.page_nbytes) // cache.page_size,
             num_positions=choice.num_positions,
@@ -351,6 +356,8 @@ class Core:
             num_drafted=choice.num_drafted,
             num_accepted=choice.num_accepted,
             score=choice.score,
+            cached_tokens=request.cached_tokens,
+            explanation=request.explanation,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from hasten.cache.paged import PagedCache, layers_of
+from hasten.cache.prompt_cache import PromptCache
 from hasten.engine import prompt as prompts
 from hasten.engine import sizes
 from hasten.engine.answer import Answer
 from hasten.engine.batch_runner import BatchRunner
 from hasten.engine.beam_search import BeamSearch, kept
 from hasten.engine.beams import Beams
+from hasten.engine.cache_host import join
 from hasten.engine.core import FAULTS, Core
 from hasten.engine.events import Failed, Finished, Token
 from hasten.engine.grammar import Grammars
@@ -37,6 +39,7 @@ from hasten.errors import ArgumentError, ArgumentTypeError, HastenError
 from hasten.models.merged import Merged, merge
 
 Prompt = str | Sequence[int]
+Call = Callable[[], None]
 
 
 class Handle:
@@ -79,6 +82,8 @@ class Engine:
     be captured runs without, and `stats` says why.
     merge_projections: layers that read the same input (q, k, v; gate, up) are one product until `close`, and their
     weights lie in one piece of memory, with the same names and values; the default on CUDA.
+    prompt_cache: a PromptCache, True for one with its usual settings, None for none; what sequences leave in pages is
+    then taken over by those that begin alike.
 
     The tokens of a request are those it would get alone: batches, cut prompts, forks and preemption change rounding
     only. Raises ArgumentError for a model that keeps something else than K and V, for settings that contradict each
@@ -99,6 +104,7 @@ class Engine:
         prompt_lookup_num_tokens: int = 0,
         cuda_graphs: bool | None = None,
         merge_projections: bool | None = None,
+        prompt_cache: PromptCache | bool | None = None,
     ) -> None:
         self._num_lookup = Sampling(prompt_lookup_num_tokens=prompt_lookup_num_tokens).prompt_lookup_num_tokens or 0
         if model.training:
@@ -134,11 +140,12 @@ class Engine:
             most_rows=max_running,
             context=self._context,
         )
+        self.prompt_cache = join(prompt_cache, self, scheduler, cache, layers)
         self._core = Core(runner, scheduler)
         self._grammars = Grammars(tokenizer, model.get_input_embeddings().weight.shape[0])
         self._numbers = itertools.count()
         self._wake = threading.Condition()
-        self._inbox: deque[Request | int] = deque()
+        self._inbox: deque[Request | int | Call] = deque()
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
@@ -149,15 +156,20 @@ class Engine:
         *,
         timeout_s: float | None = None,
         is_chat: bool = False,
+        salt: str | None = "",
     ) -> Handle:
         """Let a request join the batches; returns at once. timeout_s: then it ends with finish_reason "deadline".
 
+        salt: of a tenant, whose prompt cache is apart from those of others; None is public, and found by all.
         prompt: a text (a user's turn if is_chat) or token ids. Raises ArgumentError for what cannot be served.
         """
         sampling = _sampling(sampling)
         if timeout_s is not None and not timeout_s > 0:
             raise ArgumentError("timeout_s", "more than 0 seconds", timeout_s, "leave it out for no limit")
+        if not isinstance(salt, str | None):
+            raise ArgumentTypeError("salt", "a string, or None for public", type(salt).__name__, "leave it out")
         request = self._request(prompts.encode(self.tokenizer, prompt, is_chat=is_chat), sampling, timeout_s)
+        request.salt = salt
         handle = Handle(self, request.number, request.num_records)
         request.emit = handle.queue.put
         self._send(request)
@@ -198,6 +210,10 @@ class Engine:
         """What it is doing now."""
         return Stats.of(self._core)
 
+    def between_steps(self, call: Call) -> None:
+        """Let the engine's thread do something between two steps; returns at once."""
+        self._send(call)
+
     def check_integrity(self) -> None:
         """Raise AssertionError if a page is lost or held twice; waits until the engine has nothing to do."""
         with self._wake:
@@ -217,6 +233,8 @@ class Engine:
         self._core.runner.close()
         if self._merged is not None:
             self._merged.undo()
+        if self.prompt_cache is not None:
+            self.prompt_cache.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -291,7 +309,7 @@ class Engine:
         if strange:
             raise ArgumentError("logit_bias", f"token ids from 0 to {vocab - 1}", strange[0], "correct or remove it")
 
-    def _send(self, message: Request | int) -> None:
+    def _send(self, message: Request | int | Call) -> None:
         with self._wake:
             if self._is_closed:
                 if isinstance(message, int):
@@ -312,12 +330,20 @@ class Engine:
                     self._wake.wait()
                 while self._inbox:
                     message = self._inbox.popleft()
-                    self._core.cancel(message) if isinstance(message, int) else self._core.add(message)
+                    self._receive(message)
                 if self._is_closed:
                     for number in list(self._core.requests):
                         self._core.cancel(number)
                     return
             self._step()
+
+    def _receive(self, message: Request | int | Call) -> None:
+        if isinstance(message, int):
+            self._core.cancel(message)
+        elif isinstance(message, Request):
+            self._core.add(message)
+        else:
+            message()
 
     def _step(self) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hasten.cache.reasons import Explanation
 from hasten.errors import HastenError
 
 
@@ -43,6 +44,7 @@ class Finished:
     token of the prompt, which nothing comes before. num_preemptions: how often it had to be computed again.
     num_drafted, num_accepted: tokens that were computed as a guess, and those of them that came true. score: of beam
     search, the sum of log probabilities over length ** length_penalty.
+    cached_tokens: of the prompt, that were not computed because a prompt cache had them; explanation: why no more.
     """
 
     finish_reason: str
@@ -68,6 +70,8 @@ class Finished:
     num_drafted: int = 0
     num_accepted: int = 0
     score: float | None = None
+    cached_tokens: int = 0
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hasten.cache.reasons import Explanation
 from hasten.engine.answer import Answer
 from hasten.engine.events import Failed, Finished, Logprobs, Token
 from hasten.engine.lookup import Lookup
@@ -52,6 +53,8 @@ class Request:
     """What was asked. emit: takes its events, in the engine's thread. Times are seconds of the engine's clock.
 
     beams: its beam search (beams.py), whose beams are its choices. Of these only the first get a record.
+    salt: whose prefixes it may take over, and who may take over its own; None is everybody's. cached_tokens: that it
+    took over when it was first let in; explanation: why no more.
     """
 
     number: int
@@ -61,6 +64,9 @@ class Request:
     emit: Callable[[Event], None]
     submitted_s: float
     deadline_s: float | None = None
+    salt: str | None = ""
+    cached_tokens: int = 0
+    explanation: Explanation | None = None
     choices: list[Choice] = field(default_factory=list)
     beams: Any = None
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)  # begins with None if they are asked for

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from hasten.cache.ledger import Ledger
 from hasten.cache.pages import Copy
+from hasten.engine.prefixes import Prefixes
 from hasten.engine.sequence import Sequence, State
 from hasten.errors import ArgumentError
 
@@ -46,11 +47,14 @@ class Step:
 class Scheduler:
     """Waiting and running sequences, each in order of arrival.
 
-    max_batch_tokens: of one forward. max_running: sequences in the batches at once.
+    max_batch_tokens: of one forward. max_running: sequences in the batches at once. prefixes: where sequences take
+    over what others left, if they do.
     Raises ArgumentError for settings under which a prompt could wait for ever.
     """
 
-    def __init__(self, ledger: Ledger, *, max_batch_tokens: int, max_running: int) -> None:
+    def __init__(
+        self, ledger: Ledger, *, max_batch_tokens: int, max_running: int, prefixes: Prefixes | None = None
+    ) -> None:
         for name, value in (("max_batch_tokens", max_batch_tokens), ("max_running", max_running)):
             if value < 1:
                 raise ArgumentError(name, "at least 1", value, "leave it out for a good one")
@@ -58,6 +62,7 @@ class Scheduler:
             expected = f"at least max_running, {max_running}, so that each sequence has a token in every step"
             raise ArgumentError("max_batch_tokens", expected, max_batch_tokens, "raise it or lower max_running")
         self.ledger, self.max_batch_tokens, self.max_running = ledger, max_batch_tokens, max_running
+        self.prefixes = prefixes
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -91,15 +96,21 @@ class Scheduler:
             arrival=arrival,
             deadline_s=sequence.deadline_s,
             most=sequence.most,
+            epoch=sequence.epoch,
             is_of_group=sequence.is_of_group,
             state=State.RUNNING,
         )
         insort(self.running, other, key=_arrival)
         return other
 
-    def finish(self, sequence: Sequence) -> None:
-        """Let a sequence go, whatever its state, with all that it holds; once more changes nothing."""
+    def finish(self, sequence: Sequence, *, is_broken: bool = False) -> None:
+        """Let a sequence go, whatever its state, with all that it holds; once more changes nothing.
+
+        is_broken: what it computed is for nobody else.
+        """
         if sequence.state is not State.FINISHED:
+            if self.prefixes is not None and not is_broken:
+                self.prefixes.leave(sequence, sequence.num_computed)
             (self.waiting if sequence.state is State.WAITING else self.running).remove(sequence)
             sequence.state = State.FINISHED
             sequence.holding.free()
@@ -139,6 +150,8 @@ class Scheduler:
         if sequence.state is not State.RUNNING or count == 0:
             return
         sequence.holding.slide()
+        if self.prefixes is not None:
+            self.prefixes.act_for(sequence)
         while not sequence.holding.can_grow(count):
             for victim in self._victims():
                 self._preempt(victim, step)
@@ -157,10 +170,14 @@ class Scheduler:
         while self.waiting and step.budget > 0:
             head = self.waiting[0]
             has_seats = sum(one.seats for one in self.running) + head.seats <= self.max_running
-            if not has_seats or not self.ledger.has_room(head.num_tokens, self.max_batch_tokens, len(self.running)):
+            if not has_seats or not self._has_room(head):
                 return
             self.waiting.pop(0)
             head.state = State.RUNNING
+            if self.prefixes is not None:
+                spare = len(self.running) + 1
+                has_spare = self.ledger.has_room(head.num_tokens, self.max_batch_tokens, spare)
+                self.prefixes.take(head, has_spare=has_spare)
             insort(self.running, head, key=_arrival)
             self._advance(head, step)
 
@@ -171,12 +188,27 @@ class Scheduler:
             return [last]
         return [one for one in self.running if one.is_of_group and one.arrival[0] == last.arrival[0]]
 
+    def _has_room(self, head: Sequence) -> bool:
+        """True if the first that waits can be let in; pins of the prompt cache give way to who would be alone."""
+        needed = (self.max_batch_tokens, len(self.running))
+        while not self.ledger.has_room(head.num_tokens, *needed):
+            if self.prefixes is None or self.prefixes.has_room(head, *needed):
+                return self.prefixes is not None
+            if self.running or not self.prefixes.give_way():
+                return False
+        return True
+
     def _preempt(self, victim: Sequence, step: Step) -> None:
         """Give up its pages, and what this step had planned for it; it waits, before all that came later."""
+        num_computed = victim.num_computed
         for chunk in [one for one in step.chunks if one.sequence is victim]:
             step.chunks.remove(chunk)
             step.budget += chunk.count
+            # whole pages: what the last one was to be copied from is no longer held
+            num_computed = chunk.start - chunk.start % self.ledger.page_size
         self.running.remove(victim)
+        if self.prefixes is not None:
+            self.prefixes.leave(victim, num_computed)
         victim.holding.free()
         victim.num_preemptions += 1
         self.num_preemptions += 1

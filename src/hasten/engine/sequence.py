@@ -29,6 +29,8 @@ class Sequence:
     is too late. owner: whose it is; the scheduler does not look. draft: tokens that may come next, to be computed in
     the next step as far as there is room, and cut back where they are not what is chosen. is_of_group:
     none of the sequences of its request goes on without the others, so they are preempted together.
+    landmark, epoch: where a prefix ends that the prompt cache knows and could not give, and the state of that cache
+    when the sequence was let in (prefixes.py).
     """
 
     tokens: list[int]
@@ -43,6 +45,8 @@ class Sequence:
     draft: list[int] = field(default_factory=list)
     state: State = field(default=State.WAITING)
     num_preemptions: int = 0
+    landmark: int = 0
+    epoch: int = 0
 
     @property
     def num_tokens(self) -> int:

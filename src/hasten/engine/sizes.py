@@ -1,8 +1,10 @@
-"""How many pages an engine takes, and how long a sequence of a model may get. Called when an engine is made."""
+"""How many pages an engine takes, and how long a sequence of a model may get. What a token
+costs beside others. Called when an engine is made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +48,14 @@ def num_pages(
         got = f"{share:,} bytes, where a page takes {sum(sizes):,}"
         raise ArgumentError("memory_bytes", "room for at least a page beside the unused one", got, "give more")
     return counts
+
+
+def cost(model: Any, layers: Sequence[Kind]) -> Callable[[int, int], float]:
+    """FLOPs of computing tokens behind others, but for a factor: those of the weights and those of the attention."""
+    weights = sum(one.numel() for one in model.parameters()) - model.get_input_embeddings().weight.numel()
+    num_heads = int(getattr(model.config.get_text_config(decoder=True), "num_attention_heads", 1))
+    per_key = sum(num_heads * (layer.head_dim + layer.head_dim_v) for layer in layers)
+    return lambda before, count: count * (weights + per_key * (before + count / 2))
 
 
 def stored_as(kv_dtype: str | None, dtype: torch.dtype) -> torch.dtype:

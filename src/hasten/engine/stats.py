@@ -11,6 +11,7 @@ from hasten.engine.core import Core
 class Stats:
     """What an engine is doing. num_free_pages, num_pages: by kind of layer. Counts are since it was made.
 
+    num_idle_pages: by kind, those that the prompt cache alone holds, and parts with.
     num_drafted, num_accepted: tokens computed as a guess, and those of them that came true.
     num_graphs: sizes of decode steps that have been captured as CUDA graphs; num_replays: steps computed by them.
     no_graphs: why decode steps are none, or None.
@@ -19,6 +20,7 @@ class Stats:
     num_waiting: int
     num_running: int
     num_free_pages: tuple[int, ...]
+    num_idle_pages: tuple[int, ...]
     num_pages: tuple[int, ...]
     num_steps: int
     num_positions: int
@@ -37,6 +39,7 @@ class Stats:
             num_waiting=len(scheduler.waiting),
             num_running=len(scheduler.running),
             num_free_pages=scheduler.ledger.num_free,
+            num_idle_pages=tuple(pool.num_idle for pool in scheduler.ledger.pools),
             num_pages=core.runner.cache.num_pages,
             num_steps=core.num_steps,
             num_positions=core.num_positions,
