@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import flex_attention
 
 from hasten.bench.problems import Pattern, Problem, block_layout, document_bounds, parse_dtype
 from hasten.bench.suites import Grid
@@ -24,6 +26,18 @@ def test_a_pattern_says_the_same_to_us_and_to_flex(text):
     query, key = torch.arange(size)[:, None], torch.arange(size)
     said = pattern.mask_mod(size)(0, 0, query, key).expand(size, size)
     assert torch.equal(said, pattern.mask(size).keep(size)[0, 0])
+
+
+@pytest.mark.parametrize("text", [*PATTERNS, *DRAWN])
+def test_flex_takes_the_function_of_a_pattern(text):
+    pattern = Pattern.parse(text)
+    if pattern.is_dense and pattern.right is None:
+        pytest.skip("a full mask is no block mask")
+    block_mask = flex_attention.create_block_mask(
+        pattern.mask_mod(300), None, None, 300, 300, device="cpu", BLOCK_SIZE=64
+    )
+    blocks = F.pad(pattern.mask(300).keep(300)[0, 0], (0, 20, 0, 20)).unflatten(0, (5, 64)).unflatten(2, (5, 64))
+    assert torch.equal(block_mask.to_dense()[0, 0].bool(), blocks.any(3).any(1))
 
 
 @pytest.mark.parametrize("seqlen", [1, 130, 511])

@@ -110,15 +110,7 @@ class Pattern:
             bounds = torch.tensor(document_bounds(self.mean_length, seqlen))
             number = torch.repeat_interleave(bounds.diff()).to(device)
             return lambda batch, head, query, key: (number[query] == number[key]) & (key <= query)
-        return self._band_mod
-
-    def _band_mod(self, batch: Any, head: Any, query: Any, key: Any) -> Any:
-        seen = (query >= 0) if self.left is None else (key >= query - self.left)
-        if self.right is not None:
-            seen = seen & (key <= query + self.right)
-        if self.num_global:
-            seen = seen | (key < self.num_global) | (query < self.num_global)
-        return seen
+        return _band_mod(self.left, self.right, self.num_global)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +207,20 @@ class Problem:
     def __str__(self) -> str:
         heads = f"h{self.num_heads}" + ("" if self.num_kv_heads == self.num_heads else f"/{self.num_kv_heads}")
         return f"{self.pattern} b{self.batch} s{self.seqlen} {heads} d{self.head_dim} {dtype_name(self.dtype)}"
+
+
+def _band_mod(left: int | None, right: int | None, num_global: int) -> Callable[[Any, Any, Any, Any], Any]:
+    """A plain function of plain numbers: FlexAttention refuses bound methods."""
+
+    def band_mod(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        seen = (query >= 0) if left is None else (key >= query - left)
+        if right is not None:
+            seen = seen & (key <= query + right)
+        if num_global:
+            seen = seen | (key < num_global) | (query < num_global)
+        return seen
+
+    return band_mod
 
 
 def block_layout(percent: int, seqlen: int) -> Tensor:

@@ -132,7 +132,7 @@ def pack(p, DTYPE: gl.constexpr):
     """
     COLUMNS: gl.constexpr = p.shape[1] // 2
     low, high = gl.split(gl.reshape(p, [64, COLUMNS, 2]))
-    ASM: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if DTYPE == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    ASM: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if gl.bfloat16 == DTYPE else "cvt.rn.f16x2.f32 $0, $2, $1;"
     return gl.inline_asm_elementwise(ASM, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
 
 

@@ -5,8 +5,6 @@ Imports no Gluon, whose names differ between versions of Triton: those that are 
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 from torch import Tensor
@@ -30,9 +28,10 @@ def version_refusal() -> str | None:
     return f"written for triton >= {first}, < {end}, this is {triton.__version__}"
 
 
-@lru_cache
 def _is_hopper(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    """Not cached here: torch keeps the properties, and dynamo warns of caches of ours."""
+    properties = torch.cuda.get_device_properties(device)
+    return torch.version.hip is None and (properties.major, properties.minor) == (9, 0)
 
 
 def untouchable(name: str, tensor: Tensor) -> str | None:
