@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from hasten.ops.hopper import bridge
 from hasten.ops.hopper.cells import LOG2E, accumulator, hide_values, keys_word, tanh
@@ -293,7 +293,7 @@ def seen_word(walk, group_size, WORD: gl.constexpr, BLOCK_N: gl.constexpr):
     """int32: bit i is whether any row of any head of the group may see key 32 * WORD + i of the tile of keys."""
     lists, place, kv_head, _band, bounds, _lengths = walk
     if lists is None:
-        return keys_word(None, 0, True, place[1] * BLOCK_N, bounds[0], bounds[1], WORD, BLOCK_N)
+        return keys_word(place[1] * BLOCK_N, bounds[0], bounds[1], WORD)
     else:
         word = gl.cast(0, gl.int32)
         for member in range(gl.where(lists[6] == 0, 1, group_size)):  # heads may share one list
@@ -310,4 +310,5 @@ def hide_keys(k, v, walk, group_size, FIRST_WORD: gl.constexpr, BLOCK_N: gl.cons
         if word != -1:
             hide_values(k, word, part, k.shape[1])
             hide_values(v, word, part, v.shape[1])
+            fence_async_shared()
             gl.thread_barrier()

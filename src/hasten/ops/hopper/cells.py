@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -60,20 +59,46 @@ def band_cells(row, n0, shift, band, key_range, first_key, end_key, BLOCK_N: gl.
 
 
 @gluon.jit
-def listed_cells(lists, entry, row, is_partial, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """bool (64, BLOCK_N): the cells of a listed tile from its row `row` on, all of them unless `is_partial`.
+def map_of(lists, visits, step):
+    """Number of the bit map of the step-th partial tile, or of the last one; 0 for a band, which has none.
 
-    A thread loads the words that hold its cells, at most 8, and not the cells one by one.
+    Read a visit before its words are: two reads of global memory one after the other take longer than a product.
     """
-    WORDS: gl.constexpr = BLOCK_N // 32
-    layout: gl.constexpr = folded(32, WORDS)
-    words_of: gl.constexpr = gl.SliceLayout(2, layout)
-    at = lists[3] + gl.cast(gl.load(lists[2] + entry), gl.int64) * (BLOCK_M * WORDS) + row * WORDS
-    rows = gl.arange(0, 64, gl.SliceLayout(1, words_of))
-    columns = gl.arange(0, WORDS, gl.SliceLayout(0, words_of))
-    word = gl.load(at + (rows[:, None] * WORDS + columns[None, :]))
+    if lists is None:
+        return 0
+    else:
+        return gl.load(lists[2] + visits[4] + gl.maximum(gl.minimum(step, visits[5] - 1), 0))
+
+
+@gluon.jit
+def map_words(lists, number, row, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """int32 (64, BLOCK_N / 32): bits of a map from its row `row` on, at most 8 words a thread; 0 for a band."""
+    if lists is None:
+        return 0
+    else:
+        WORDS: gl.constexpr = BLOCK_N // 32
+        words_of: gl.constexpr = gl.SliceLayout(2, folded(32, WORDS))
+        at = lists[3] + gl.cast(number, gl.int64) * (BLOCK_M * WORDS) + row * WORDS
+        rows = gl.arange(0, 64, gl.SliceLayout(1, words_of))
+        columns = gl.arange(0, WORDS, gl.SliceLayout(0, words_of))
+        return gl.load(at + (rows[:, None] * WORDS + columns[None, :]))
+
+
+@gluon.jit
+def keys_seen(lists, number, PART: gl.constexpr, BLOCK_N: gl.constexpr):
+    """int64: bit i is whether any row of a map sees its key 64 * PART + i; all ones for a band."""
+    if (lists is None) or (64 * PART >= BLOCK_N):
+        return gl.cast(-1, gl.int64)
+    else:
+        words = gl.cast(lists[4], gl.pointer_type(gl.int64))
+        return gl.load(words + gl.cast(number, gl.int64) * (BLOCK_N // 64) + PART)
+
+
+@gluon.jit
+def listed_cells(word, is_partial, BLOCK_N: gl.constexpr):
+    """bool (64, BLOCK_N): the cells of `map_words`, all of them unless `is_partial`."""
     word = gl.where(is_partial, word, -1)
-    bit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    bit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, folded(32, BLOCK_N // 32))))
     seen = ((word[:, :, None] >> bit[None, None, :]) & 1) != 0
     return gl.convert_layout(gl.reshape(seen, [64, BLOCK_N]), accumulator(BLOCK_N), assert_trivial=True)
 
@@ -147,24 +172,21 @@ def unpack(words, DTYPE: gl.constexpr, BLOCK_D: gl.constexpr):
 
 
 @gluon.jit
-def keys_word(lists, entry, is_partial, n0, first_key, end_key, PART: gl.constexpr, BLOCK_N: gl.constexpr):
-    """int32: bit i is whether any row of the tile may see its key 32 * PART + i."""
-    if lists is None:
-        low = gl.minimum(gl.maximum(first_key - n0 - 32 * PART, 0), 32)
-        high = gl.minimum(gl.maximum(end_key - n0 - 32 * PART, 0), 32)
-        ones = gl.cast(-1, gl.uint64)
-        word = (ones << gl.cast(low, gl.uint64)) & ~(ones << gl.cast(high, gl.uint64))
-        return word.to(gl.uint32).to(gl.int32, bitcast=True)
-    else:
-        number = gl.cast(gl.load(lists[2] + entry), gl.int64)
-        return gl.where(is_partial, gl.load(lists[4] + number * (BLOCK_N // 32) + PART), -1)
+def keys_word(n0, first_key, end_key, PART: gl.constexpr):
+    """int32: bit i is whether key n0 + 32 * PART + i lies in [first_key, end_key)."""
+    low = gl.minimum(gl.maximum(first_key - n0 - 32 * PART, 0), 32)
+    high = gl.minimum(gl.maximum(end_key - n0 - 32 * PART, 0), 32)
+    ones = gl.cast(-1, gl.uint64)
+    word = (ones << gl.cast(low, gl.uint64)) & ~(ones << gl.cast(high, gl.uint64))
+    return word.to(gl.uint32).to(gl.int32, bitcast=True)
 
 
 @gluon.jit
 def hide_values(v, word, PART: gl.constexpr, BLOCK_D: gl.constexpr):
     """Zero the rows of shared memory `v` (BLOCK_N, BLOCK_D) whose bit in `word` is 0, of the 32 from 32 * PART on.
 
-    A key that nobody sees may hold anything, and 0 * NaN is NaN. All consumers write the same zeros.
+    A key that nobody sees may hold anything, and 0 * NaN is NaN. All consumers write the same zeros. Then comes a
+    fence, before a product reads them.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     ROWS: gl.constexpr = 2048 // BLOCK_D  # at a time: 16 values a thread
@@ -173,4 +195,3 @@ def hide_values(v, word, PART: gl.constexpr, BLOCK_D: gl.constexpr):
         bit = ROWS * part + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         value = rows.load(layout)
         rows.store(gl.where((((word >> bit) & 1) != 0)[:, None], value, gl.zeros_like(value)))
-    fence_async_shared()

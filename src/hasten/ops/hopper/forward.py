@@ -25,8 +25,11 @@ from hasten.ops.hopper.cells import (
     accumulator,
     band_cells,
     hide_values,
+    keys_seen,
     keys_word,
     listed_cells,
+    map_of,
+    map_words,
     pack,
     quarters,
     score,
@@ -59,33 +62,52 @@ def _read_item(shared, turn, options: gl.constexpr):
 
 
 @gluon.jit
-def _cells(where, bounds, m0, entry, is_partial, CONSUMER: gl.constexpr, options: gl.constexpr):
+def _read_map(where, number, CONSUMER: gl.constexpr, options: gl.constexpr):
+    """(words of its rows, keys that any row sees as two int64) of a bit map, asked for long before they are needed."""
+    BLOCK_N: gl.constexpr = options[0]
+    words = map_words(where[3], number, 64 * CONSUMER, 64 * options[2], BLOCK_N)
+    return words, keys_seen(where[3], number, 0, BLOCK_N), keys_seen(where[3], number, 1, BLOCK_N)
+
+
+@gluon.jit
+def _cells(where, bounds, bits, m0, entry, is_partial, CONSUMER: gl.constexpr, options: gl.constexpr):
     """bool (64, BLOCK_N): what the rows of one consumer see of a tile."""
     BLOCK_N: gl.constexpr = options[0]
     if where[3] is None:
         row, n0 = m0 + 64 * CONSUMER, entry * BLOCK_N
         return band_cells(row, n0, bounds[0], where[4], where[2], bounds[1], bounds[2], BLOCK_N)
     else:
-        return listed_cells(where[3], entry, 64 * CONSUMER, is_partial, 64 * options[2], BLOCK_N)
+        return listed_cells(bits[0], is_partial, BLOCK_N)
 
 
 @gluon.jit
-def _hide(where, bounds, v, full, phase, entry, is_partial, options: gl.constexpr):
+def _seen(where, bounds, bits, entry, is_partial, PART: gl.constexpr, options: gl.constexpr):
+    """int32: which of the 32 keys from 32 * PART on of a tile some row of it may see."""
+    if where[3] is None:
+        return keys_word(entry * options[0], bounds[1], bounds[2], PART)
+    else:
+        half = bits[1 + PART // 2] >> (32 * (PART % 2))
+        return gl.where(is_partial, half.to(gl.int32), -1)
+
+
+@gluon.jit
+def _hide(where, bounds, bits, v, full, phase, entry, is_partial, options: gl.constexpr):
     """Zero the values of keys that no row of a tile sees: padding, neighbours in a packed batch, holes of a list.
 
     A dense sequence has none of them: TMA fills with zeros what lies past its end.
     """
-    BLOCK_N: gl.constexpr = options[0]
+    PARTS: gl.constexpr = options[0] // 32
     if (where[3] is not None) | (where[1] is not None) | (where[2] is not None):
         seen = gl.cast(-1, gl.int32)
-        for part in gl.static_range(BLOCK_N // 32):
-            seen &= keys_word(where[3], entry, is_partial, entry * BLOCK_N, bounds[1], bounds[2], part, BLOCK_N)
+        for part in gl.static_range(PARTS):
+            seen &= _seen(where, bounds, bits, entry, is_partial, part, options)
         if seen != -1:
             mbarrier.wait(full, phase)
-            for part in gl.static_range(BLOCK_N // 32):
-                word = keys_word(where[3], entry, is_partial, entry * BLOCK_N, bounds[1], bounds[2], part, BLOCK_N)
+            for part in gl.static_range(PARTS):
+                word = _seen(where, bounds, bits, entry, is_partial, part, options)
                 if word != -1:
                     hide_values(v, word, part, options[1])
+            fence_async_shared()
             gl.thread_barrier()
 
 
@@ -99,28 +121,30 @@ def _first_visit(
     bounds,
     m0,
     entry,
+    number,
     is_partial,
     fill,
     terms,
     CONSUMER: gl.constexpr,
     options: gl.constexpr,
 ):
-    """(p, rescale, row_max, row_sum) of the first tile of an item: always masked, with no product of V to run beside."""
+    """(p, rescale, row_max, row_sum) of the first tile of an item: always masked, no product of V runs beside it."""
     _q, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
     BLOCK_N: gl.constexpr = options[0]
     STAGES: gl.constexpr = options[3]
     stage, phase = fill % STAGES, (fill // STAGES) & 1
     s_layout: gl.constexpr = accumulator(BLOCK_N)
+    bits = _read_map(where, number, CONSUMER, options)
     mbarrier.wait(k_full.index(stage), phase)
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     raw = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    keep = _cells(where, bounds, m0, entry, is_partial, CONSUMER, options)
+    keep = _cells(where, bounds, bits, m0, entry, is_partial, CONSUMER, options)
     raw = warpgroup_mma_wait(0, deps=[raw])
     barrier_arrive(FIRST_BARRIER + stage, 128 * options[2] + 32)
     value = gl.where(keep, score(raw, terms[0], terms[1]), -float("inf"))
     unit = score_unit(terms[0], terms[1])
     p, rescale, row_max, row_sum = softmax_step(value, row_max, row_sum, unit, True)
-    _hide(where, bounds, v_smem.index(stage), v_full.index(stage), phase, entry, is_partial, options)
+    _hide(where, bounds, bits, v_smem.index(stage), v_full.index(stage), phase, entry, is_partial, options)
     return pack(p, q.dtype), rescale, row_max, row_sum
 
 
@@ -137,6 +161,7 @@ def _next_visit(
     bounds,
     m0,
     entry,
+    number,
     fill,
     terms,
     MASKED: gl.constexpr,
@@ -154,6 +179,7 @@ def _next_visit(
     stage, phase = fill % STAGES, (fill // STAGES) & 1
     before = (fill - 1) % STAGES
     s_layout: gl.constexpr = accumulator(BLOCK_N)
+    bits = _read_map(where, number, CONSUMER, options) if MASKED else None
     p = unpack(p, q.dtype, options[1])
     mbarrier.wait(k_full.index(stage), phase)
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
@@ -165,14 +191,14 @@ def _next_visit(
     barrier_arrive(FIRST_BARRIER + stage, THREADS)
     value = score(raw, terms[0], terms[1])
     if MASKED:  # after the wait: before it, the compiler would wait for both products
-        keep = _cells(where, bounds, m0, entry, True, CONSUMER, options)
+        keep = _cells(where, bounds, bits, m0, entry, True, CONSUMER, options)
         value = gl.where(keep, value, -float("inf"))
     unit = score_unit(terms[0], terms[1])
     next_p, rescale, row_max, row_sum = softmax_step(value, row_max, row_sum, unit, MASKED)
     acc = warpgroup_mma_wait(0, deps=[acc])
     barrier_arrive(FIRST_BARRIER + STAGES + before, THREADS)
     if MASKED:
-        _hide(where, bounds, v_smem.index(stage), v_full.index(stage), phase, entry, True, options)
+        _hide(where, bounds, bits, v_smem.index(stage), v_full.index(stage), phase, entry, True, options)
     next_p = pack(next_p, q.dtype)
     return acc, next_p, rescale, row_max, row_sum
 
@@ -260,21 +286,23 @@ def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options:
             row_sum += 0.25
         if num_full + num_partial > 0:
             entry = gl.where(num_partial > 0, partial_entry(visits, 0), visits[0])
+            bits, next_bits = map_of(where[3], visits, 0), map_of(where[3], visits, 1)
             p, rescale, row_max, row_sum = _first_visit(
-                q, row_max, row_sum, shared, where, bounds, m0, entry, num_partial > 0, fill, terms,
+                q, row_max, row_sum, shared, where, bounds, m0, entry, bits, num_partial > 0, fill, terms,
                 CONSUMER, options,
             )  # fmt: skip
             fill += 1
             for step in range(1, num_partial):
+                bits, next_bits = next_bits, map_of(where[3], visits, step + 1)
                 acc, p, rescale, row_max, row_sum = _next_visit(
-                    q, acc, p, rescale, row_max, row_sum, shared, where, bounds, m0, partial_entry(visits, step), fill,
-                    terms, True, CONSUMER, options,
+                    q, acc, p, rescale, row_max, row_sum, shared, where, bounds, m0, partial_entry(visits, step), bits,
+                    fill, terms, True, CONSUMER, options,
                 )  # fmt: skip
                 fill += 1
             for _ in range(gl.where(num_partial > 0, 0, 1), num_full):
                 acc, p, rescale, row_max, row_sum = _next_visit(
-                    q, acc, p, rescale, row_max, row_sum, shared, where, bounds, m0, 0, fill,
-                    terms, False, CONSUMER, options,
+                    q, acc, p, rescale, row_max, row_sum, shared, where, bounds, m0, 0, 0,
+                    fill, terms, False, CONSUMER, options,
                 )  # fmt: skip
                 fill += 1
             mbarrier.arrive(q_empty.index(turn % Q_STAGES))
