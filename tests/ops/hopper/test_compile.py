@@ -86,9 +86,22 @@ def test_other_dims_ride_on_the_next_power_of_two(head_dim: int) -> None:
     assert kernel.spill_bytes <= MOST_SPILLED["256"] and "f32.f16.f16" in kernel.ptx
 
 
-@pytest.mark.parametrize(("seqlen", "mask", "consumers"), [(1024, Full(), 2), (16384, Full(), 3), (16384, Causal(), 3)])
-def test_long_sequences_take_three_consumers(seqlen: int, mask: Mask, consumers: int) -> None:
-    assert table.forward_tile(64, seqlen, isinstance(mask, Full)).consumers == consumers
+@pytest.mark.parametrize(
+    ("seqlen", "mask", "consumers"),
+    [
+        (1024, Full(), 2),
+        (4096, Full(), 3),
+        (4096, Causal(), 2),
+        (16384, Causal(), 3),
+        (16384, Window(511, 0), 2),
+        (16384, Window(256, 256) | Global((0,)), 2),
+    ],
+)
+def test_long_dense_sequences_take_three_consumers(seqlen: int, mask: Mask, consumers: int) -> None:
+    q = torch.empty(1, seqlen, 1, 64, dtype=torch.bfloat16)
+    call = Call(mask=mask, softmax_scale=1.0, max_seqlen_q=seqlen, max_seqlen_k=seqlen)
+    sizes = launch.Sizes.of(q, q, q, call)
+    assert table.forward_tile(sizes.columns, seqlen, sizes.kind).consumers == consumers
 
 
 def test_lengths_and_windows_do_not_compile_anew() -> None:

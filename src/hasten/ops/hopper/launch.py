@@ -70,6 +70,14 @@ class Sizes(NamedTuple):
         )
 
     @property
+    def kind(self) -> str:
+        """The mask as the table of tiles knows it."""
+        if self.band is None:
+            return "list"
+        left, right = self.band
+        return "window" if left is not None else "full" if right is None else "causal"
+
+    @property
     def columns(self) -> int:
         """The tile that holds a row of q, k and v: TMA fills the columns past head_dim with zeros."""
         return max(64, 1 << (max(self.head_dim, self.head_dim_v) - 1).bit_length())
@@ -165,7 +173,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """(out, lse), as `call.py` says."""
     device = q.device
     sizes = Sizes.of(q, k, v, call)
-    line = forward_tile(sizes.columns, sizes.max_seqlen_q, sizes.band == (None, None))
+    line = forward_tile(sizes.columns, sizes.max_seqlen_q, sizes.kind)
     out = q.new_empty((*q.shape[:-1], sizes.head_dim_v))
     shape = (sizes.num_heads, sizes.total_q) if sizes.is_packed else (sizes.batch, sizes.num_heads, sizes.total_q)
     lse = torch.empty(shape, dtype=torch.float32, device=device)

@@ -30,20 +30,21 @@ class Tile:
 
 # padded head_dim (the larger of q's and v's) -> tile
 FORWARD: dict[int, Tile] = {
-    # 329 433 457 408 442 458; cuDNN 346 443 471 447 474 504; (3, 64, 4, 2, 160, 32) 253 405 456 360 413 453
+    # 358 460 496 450 488 507; cuDNN 343 438 480 439 487 500; four stages of K and V: +-1 %
     64: Tile(2, 128, 3, 2),
-    # 454 632 685 601 681 697; cuDNN 443 581 632 618 676 678
+    # 460 652 725 617 670 731; cuDNN 435 571 633 608 668 684; keys by 64, four stages: 433 575 - - - 623
     128: Tile(2, 128, 2, 2),
-    # 438 645 701 603 727 761; cuDNN 460 604 657 627 730 755
+    # 442 642 728 605 720 790; cuDNN 454 595 647 619 717 745
     256: Tile(2, 64, 2, 1, 232, 40),
 }
-# 192 rows: better where few tiles are partial and the last one of a sequence is not mostly empty
-FORWARD_LONG = {64: Tile(3, 128, 3, 2, 160, 32)}  # 213 426 517 411 472 529
-_LONG_FULL, _LONG_MASKED = 2048, 8192
+# 192 rows: better where few tiles are partial and the last one of a sequence is not mostly empty.
+# 236 455 553 425 519 571; a window of 512 at 64k 234 instead of 302, Longformer at 4k, 16k, 64k 93 90 87 instead of
+# 138 122 115, blocks at 25 % density 174 instead of 500
+FORWARD_LONG = {64: Tile(3, 128, 3, 2, 160, 32)}
+_LONG_FROM: dict[str, int] = {"full": 2048, "causal": 8192}
 
 
-def forward_tile(block_d: int, seqlen_q: int, sees_all: bool) -> Tile:
-    """The line for a padded head_dim; `sees_all`: the mask is Full."""
-    long = FORWARD_LONG.get(block_d)
-    is_long = seqlen_q >= (_LONG_FULL if sees_all else _LONG_MASKED)
-    return long if long is not None and is_long else FORWARD[block_d]
+def forward_tile(block_d: int, seqlen_q: int, kind: str) -> Tile:
+    """The line for a padded head_dim and a kind of mask: full, causal, window or list."""
+    long, first = FORWARD_LONG.get(block_d), _LONG_FROM.get(kind)
+    return FORWARD[block_d] if long is None or first is None or seqlen_q < first else long
