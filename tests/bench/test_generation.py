@@ -9,14 +9,14 @@ import torch
 import transformers
 
 from hasten.bench import generation
-from hasten.bench.generation import SHAPES, VARIANTS, Options, Traffic, build
+from hasten.bench.generation import SHAPES, USUAL, Options, Traffic, build
 from hasten.errors import ArgumentError
 
 CPU = torch.device("cpu")
 
 
 def options(**changes) -> Options:
-    usual = {"model": "tiny", "sizes": [(3, 20, 6)], "variants": VARIANTS, "repeats": 1}
+    usual = {"model": "tiny", "sizes": [(3, 20, 6)], "variants": USUAL, "repeats": 1}
     return Options(**(usual | {"dtype": torch.float32, "device": CPU} | changes))
 
 
@@ -41,7 +41,7 @@ def fixed(monkeypatch):
 def test_every_variant_gives_the_same_tokens_and_a_complete_record():
     made, told = [], []
     generation.run(options(), made.extend, told.append)
-    assert [record["implementation"] for record in made] == list(VARIANTS)
+    assert [record["implementation"] for record in made] == list(USUAL)
     for record in made:
         assert record["kind"] == "generation" and record["status"] == "ok", record
         assert record["tokens_equal"] == record["first_tokens_equal"] == 1.0
@@ -50,9 +50,9 @@ def test_every_variant_gives_the_same_tokens_and_a_complete_record():
         bytes_step = (record["weight_gb"] + record["kv_gb"]) * 1e9
         assert record["share_of_read"] == pytest.approx(bytes_step / record["ms_per_step"] / 1e7, rel=1e-2, abs=1e-4)
         assert {"device", "commit", "command", "read_gbps", "transformers"} <= set(record)
-    assert made[-1]["no_graphs"] == "cuda_graphs is off" and len(told) == 1 + len(VARIANTS)
+    assert made[-1]["no_graphs"] == "cuda_graphs is off" and len(told) == 1 + len(USUAL)
     lines = generation.table(made).splitlines()
-    assert lines[0].count("|") == 2 + len(VARIANTS) and lines[2].startswith("| tiny 3x20+6 | ")
+    assert lines[0].count("|") == 2 + len(USUAL) and lines[2].startswith("| tiny 3x20+6 | ")
 
 
 def test_a_run_that_is_too_short_has_no_time(monkeypatch):

@@ -165,3 +165,5 @@ def test_graphs_are_asked_for_where_they_can_be(monkeypatch):
         assert (made.stats().num_graphs, made.stats().no_graphs) == (0, "cuda_graphs is off")
     with pytest.raises(ArgumentError, match="cuda_graphs: expected False, or a model on CUDA, got True on cpu"):
         engine(cuda_graphs=True)
+    with pytest.raises(ArgumentError, match="compile: expected False without CUDA graphs, got True"):
+        engine(compile=True)

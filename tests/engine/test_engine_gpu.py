@@ -63,6 +63,20 @@ def test_graphs_change_no_token(architecture, num_pages, monkeypatch):
         assert stats.no_graphs is None and stats.num_replays > stats.num_graphs > 2
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_compiled_steps_change_no_token(name):
+    torch.compiler.reset()
+    model = next(one for one in DECODERS if one.name == name).build().cuda()
+    model.generation_config.eos_token_id = None
+    prompts = [tokens(1, length, length)[0].tolist() for length in LENGTHS]
+    found = []
+    for is_compiled in (False, True):
+        with Engine(model, num_pages=40, max_running=3, compile=is_compiled) as engine:
+            found.append([one.token_ids for one in engine.generate(prompts, Sampling(max_tokens=NEW))])
+            stats = engine.stats()
+    assert found[0] == found[1] and stats.no_graphs is None and stats.no_compile is None and stats.num_replays > 0
+
+
 def test_a_model_that_waits_for_the_device_runs_without_graphs(caplog):
     model = DECODERS[0].build().cuda()
     model.generation_config.eos_token_id = None

@@ -53,10 +53,13 @@ ENGINES: dict[str, dict[str, Any]] = {
     "hasten": {},
     "hasten-unmerged": {"merge_projections": False},
     "hasten-eager": {"cuda_graphs": False, "merge_projections": False},
+    "hasten-compile": {"compile": True},
 }
 #: what `generate` of transformers is asked for
 PEERS: dict[str, dict[str, Any]] = {"transformers": {}, "transformers-static": {"cache_implementation": "static"}}
 VARIANTS = (*PEERS, *ENGINES)
+#: those that are measured when nothing is said
+USUAL = tuple(name for name in VARIANTS if name != "hasten-compile")
 _LEAST_AGREEMENT = 0.5  # of first new tokens: a wrong model gives about none, rounding among random logits most
 
 

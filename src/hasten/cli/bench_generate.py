@@ -29,7 +29,7 @@ def generate(
     batch: Annotated[str | None, typer.Option(help="Prompts at a time, such as 1,8,64.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Tokens of each prompt, such as 512,4096.")] = None,
     new: Annotated[str | None, typer.Option(help="New tokens of each, such as 128.")] = None,
-    variants: Annotated[str, typer.Option(help="See the table; all by default.")] = "",
+    variants: Annotated[str, typer.Option(help="transformers[-static], hasten[-unmerged, -eager, -compile].")] = "",
     kv_dtype: Annotated[str | None, typer.Option(help="int8 or fp8, of the engine's cache.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs that count, after one to warm up.")] = 3,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default bf16 on a GPU.")] = None,
@@ -56,7 +56,7 @@ def generate(
     options = suite.Options(
         model=model or shape or usual["shape"],
         sizes=[(count, length, more) for length, more, count in sizes],
-        variants=variants.split(",") if variants else suite.VARIANTS,
+        variants=variants.split(",") if variants else suite.USUAL,
         dtype=parse_dtype(dtype or usual["dtype"]),
         device=place,
         kv_dtype=kv_dtype,

@@ -111,7 +111,10 @@ def make_mask(
     """The band that the mask function says, whatever the lengths; for other caches, the mask of "hasten"."""
     if kv_length != ENDLESS:
         return masking.make_mask(kv_length=kv_length, mask_function=mask_function, **options)
-    pattern = patterns.read(mask_function)
+    if torch.compiler.is_compiling():
+        pattern = masking.traced(mask_function, options.get("local_size"), False, None, options)
+    else:
+        pattern = patterns.read(mask_function)
     if pattern is None or pattern.starts is not None or pattern.right != 0:
         hint = "use hasten.engine.generate for this model"
         raise ArgumentError("model", "masks that are causal bands", "a mask function of its own", hint)

@@ -16,6 +16,7 @@ from torch import Tensor
 from hasten.cache.paged import PagedCache
 from hasten.engine.attend_pages import KEYWORD, NAME, Pages
 from hasten.engine.batch import Batch, Piece, copies_of, pack
+from hasten.engine.compiled import CompiledForward
 from hasten.engine.decode_steps import DecodeSteps
 from hasten.engine.graphs import Capture
 from hasten.engine.runner import FEW_TOKENS
@@ -28,7 +29,7 @@ class BatchRunner:
     Sets the model's attention implementation, through `hasten.accelerate` and its checks; `close` puts back what it
     was. step_threads: CPU threads of PyTorch for forwards of at most 64 tokens, None leaves its number as it is.
     capture: of decode steps of at most `most_rows` sequences (decode_steps.py), None for no such steps. context: the
-    most tokens of a sequence.
+    most tokens of a sequence. backend: of torch.compile, for these steps; None leaves the model as it is.
     """
 
     def __init__(
@@ -40,14 +41,17 @@ class BatchRunner:
         capture: Capture | None = None,
         most_rows: int = 1,
         context: int | None = None,
+        backend: str | None = None,
     ) -> None:
         self._before = model.config._attn_implementation
         self.model, self.cache, self.step_threads = accelerate(model), cache, step_threads
         self.model.set_attn_implementation(NAME)
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.compiled = None if backend is None else CompiledForward(self._all_logits, backend)
         self.steps: DecodeSteps | None = None
         if capture is not None:
-            self.steps = DecodeSteps(self._all_logits, cache, self.device, most_rows, context, capture)
+            forward = self._all_logits if self.compiled is None else self.compiled
+            self.steps = DecodeSteps(forward, cache, self.device, most_rows, context, capture)
 
     def close(self) -> None:
         """Give the model its own attention back."""

@@ -82,6 +82,7 @@ class Engine:
     be captured runs without, and `stats` says why.
     merge_projections: layers that read the same input (q, k, v; gate, up) are one product until `close`, and their
     weights lie in one piece of memory, with the same names and values; the default on CUDA.
+    compile: decode steps go through torch.compile before they are captured, a minute or so for each size of batches.
     prompt_cache: a PromptCache, True for one with its usual settings, None for none; what sequences leave in pages is
     then taken over by those that begin alike.
 
@@ -104,6 +105,7 @@ class Engine:
         prompt_lookup_num_tokens: int = 0,
         cuda_graphs: bool | None = None,
         merge_projections: bool | None = None,
+        compile: bool = False,
         prompt_cache: PromptCache | bool | None = None,
     ) -> None:
         self._num_lookup = Sampling(prompt_lookup_num_tokens=prompt_lookup_num_tokens).prompt_lookup_num_tokens or 0
@@ -132,6 +134,8 @@ class Engine:
         cache = PagedCache(layers, counts, page_size, model.dtype, device, stored)
         scheduler = Scheduler(cache.ledger(), max_batch_tokens=max_batch_tokens, max_running=max_running)
         capture = _capture(device, cuda_graphs)
+        if compile and capture is None:
+            raise ArgumentError("compile", "False without CUDA graphs", True, "leave cuda_graphs out, on CUDA")
         runner = BatchRunner(
             model,
             cache,
@@ -139,6 +143,7 @@ class Engine:
             capture=capture,
             most_rows=max_running,
             context=self._context,
+            backend="inductor" if compile else None,
         )
         self.prompt_cache = join(prompt_cache, self, scheduler, cache, layers)
         self._core = Core(runner, scheduler)

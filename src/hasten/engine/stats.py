@@ -14,7 +14,7 @@ class Stats:
     num_idle_pages: by kind, those that the prompt cache alone holds, and parts with.
     num_drafted, num_accepted: tokens computed as a guess, and those of them that came true.
     num_graphs: sizes of decode steps that have been captured as CUDA graphs; num_replays: steps computed by them.
-    no_graphs: why decode steps are none, or None.
+    no_graphs: why decode steps are none, or None. no_compile: why they are not compiled, or None.
     """
 
     num_waiting: int
@@ -30,11 +30,12 @@ class Stats:
     num_graphs: int
     num_replays: int
     no_graphs: str | None
+    no_compile: str | None
 
     @classmethod
     def of(cls, core: Core) -> Stats:
         """Those of now."""
-        scheduler, steps = core.scheduler, core.runner.steps
+        scheduler, steps, compiled = core.scheduler, core.runner.steps, core.runner.compiled
         return cls(
             num_waiting=len(scheduler.waiting),
             num_running=len(scheduler.running),
@@ -49,6 +50,7 @@ class Stats:
             num_graphs=0 if steps is None else steps.num_graphs,
             num_replays=0 if steps is None else steps.num_replays,
             no_graphs="cuda_graphs is off" if steps is None else steps.refusal,
+            no_compile="compile is off" if compiled is None else compiled.refusal,
         )
 
 

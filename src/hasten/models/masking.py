@@ -79,7 +79,7 @@ def make_mask(
         packed = None
         if attention_mask is None and q_length == kv_length > 1 and not options.get("allow_is_causal_skip", True):
             packed = torch.empty((batch_size, q_length), dtype=torch.bool, device=device)
-        pattern = _traced(mask_function, local_size, use_vmap, packed, options)
+        pattern = traced(mask_function, local_size, use_vmap, packed, options)
     else:
         pattern = patterns.read(mask_function)
     if pattern is not None:
@@ -153,7 +153,7 @@ def _padding(keys: Tensor, num_keys: int) -> Mask | None:
     return Padding(host.from_values(tuple(lengths), keys.device), "left" if has_rises else "right")
 
 
-def _traced(
+def traced(
     mask_function: MaskFunction, local_size: int | None, use_vmap: bool, packed: Tensor | None, options: dict[str, Any]
 ) -> Pattern | None:
     """The pattern under torch.compile, from what the mask maker says about the function it made."""
