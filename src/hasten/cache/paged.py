@@ -167,6 +167,17 @@ class PagedCache(Cache):
                     flat = pool.view(torch.uint8) if pool.dtype in QUANTIZED else pool
                     flat[targets] = flat[sources]
 
+    def read_pages(self, kind: int, pages: Sequence[int]) -> list[Tensor]:
+        """What pages of a kind hold, a copy on the host of each of its `pools`, (pages, layers, page_size, ...)."""
+        places = torch.tensor(pages, dtype=torch.int64, device=self.pools[kind][0].device)
+        return [_bytes_of(pool).index_select(0, places).cpu().view(pool.dtype) for pool in self.pools[kind]]
+
+    def write_pages(self, kind: int, pages: Sequence[int], contents: Sequence[Tensor]) -> None:
+        """Put into pages what `read_pages` gave."""
+        places = torch.tensor(pages, dtype=torch.int64, device=self.pools[kind][0].device)
+        for pool, content in zip(self.pools[kind], contents, strict=True):
+            _bytes_of(pool).index_copy_(0, places, _bytes_of(content).to(pool.device))
+
     @property
     def page_nbytes(self) -> tuple[int, ...]:
         """Bytes of one page, over all layers of a kind, by kind."""
@@ -176,6 +187,11 @@ class PagedCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all pools."""
         return sum(pool.nbytes for pools in self.pools for pool in pools)
+
+
+def _bytes_of(pool: Tensor) -> Tensor:
+    """A view of which rows can be copied: there is no such copy of 8-bit floats."""
+    return pool.view(torch.uint8) if pool.dtype in QUANTIZED else pool
 
 
 def _allocate(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -81,6 +81,21 @@ class PrefixTree:
             public = matching.find(self._roots.get(PUBLIC), tokens, most, self.windows, self.page_size)
             return public if public.num_tokens > own.num_tokens else own
 
+    def num_usable(self, tokens: Sequence[int], salt: str | None = "") -> int:
+        """How many tokens `lookup` would find now; changes nothing, and can be asked by any thread."""
+        with self._lock:
+            found = [
+                matching.find(self._roots.get(one), tokens, len(tokens) - 1, self.windows, self.page_size)
+                for one in (salt, PUBLIC)
+            ]
+            return max(one.num_tokens for one in found)
+
+    def nodes(self, tokens: Sequence[int], salt: str | None = "") -> tuple[Node, ...]:
+        """What there is of these tokens in one tenant's tree, whole nodes alone; pages of windows may be missing."""
+        with self._lock:
+            match = matching.find(self._roots.get(salt), tokens, len(tokens), self.windows, self.page_size)
+            return tuple(node for node in match.path if node.end <= match.num_known)
+
     def take(self, match: Match, holding: Holding, salt: str | None = "", *, only_whole_pages: bool = False) -> Match:
         """Let a holding that is empty begin with what was found; returns what it now has.
 
@@ -184,8 +199,15 @@ class PrefixTree:
         """Part with everything, pins too."""
         with self._lock:
             self._pins.clear()
-            for root in self._roots.values():
-                for node, _ in reversed(list(_walk(root))):
+            for salt in self._roots:
+                self.forget(salt)
+
+    def forget(self, salt: str | None) -> None:
+        """Part with all of one tenant's that is not pinned."""
+        with self._lock:
+            root = self._roots.get(salt)
+            for node, _ in reversed(list(_walk(root))) if root is not None else ():
+                if _is_end(node):
                     self._remove(node, "cleared")
 
     def held_pages(self) -> list[list[int]]:

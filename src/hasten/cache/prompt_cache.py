@@ -5,13 +5,19 @@ Given to an engine, or used by itself with a transformers model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from hasten.cache.eviction import POLICIES, Cost
+from hasten.cache.kept import RULES, Kept
 from hasten.cache.ledger import Ledger
 from hasten.cache.nodes import Counts
+from hasten.cache.paged import PagedCache
+from hasten.cache.pieces import Piece, root_of
 from hasten.cache.prefix import PUBLIC, PrefixTree
+from hasten.cache.store import DiskStore
+from hasten.cache.tiers import HostTier, Tiers
 from hasten.errors import ArgumentError
 
 Answered = TypeVar("Answered")
@@ -30,6 +36,9 @@ class Host(Protocol):
     def compute(self, ids: Sequence[int], salt: str | None) -> None:
         """Leave K and V of these tokens in the cache."""
 
+    def seconds(self, num_tokens: int) -> float | None:
+        """In how many seconds so many first tokens are computed; None if that cannot be."""
+
     def call(self, function: Callable[[], Answered]) -> Answered:
         """What a function gives while nobody else uses the pages."""
 
@@ -37,21 +46,55 @@ class Host(Protocol):
 class PromptCache:
     """Prefixes that are known, so that they are not computed again.
 
-    eviction: "lru", "lfu" or "cost" (what computing again would take). budgets: the most tokens that a tenant keeps,
-    by its salt, or one number for each; None for no limit.
+    eviction: "lru", "lfu" or "cost" (what computing again would take). budgets: the most tokens that a tenant keeps in
+    pages, by its salt, or one number for each; None for no limit.
 
-    Raises ArgumentError for settings out of range.
+    path: a folder in which they outlive the process, shared by any number of them. max_bytes: of its files; ttl: in
+    seconds, after which what nobody used goes. host_bytes: of copies in host memory, before those on disk.
+    restore: when what is on disk is read instead of computed: "measured" (when that is faster), "always" or "never".
+
+    Raises ArgumentError for settings out of range and for a folder that cannot be used.
     """
 
-    def __init__(self, *, eviction: str = "lru", budgets: int | Mapping[str, int] | None = None) -> None:
-        if eviction not in POLICIES:
-            raise ArgumentError("eviction", f"one of {', '.join(POLICIES)}", repr(eviction), "lru is a good one")
-        for value in budgets.values() if isinstance(budgets, Mapping) else () if budgets is None else (budgets,):
-            if value < 1:
-                raise ArgumentError("budgets", "at least 1 token", value, "leave a tenant out for no limit")
-        self.eviction, self.budgets = eviction, budgets
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        eviction: str = "lru",
+        budgets: int | Mapping[str, int] | None = None,
+        max_bytes: int | None = None,
+        ttl: float | None = None,
+        host_bytes: int | None = None,
+        restore: str = "measured",
+    ) -> None:
+        for name, value, known in (("eviction", eviction, POLICIES), ("restore", restore, RULES)):
+            if value not in known:
+                raise ArgumentError(name, f"one of {', '.join(known)}", repr(value), f"{known[0]} is a good one")
+        for count in budgets.values() if isinstance(budgets, Mapping) else () if budgets is None else (budgets,):
+            if count < 1:
+                raise ArgumentError("budgets", "at least 1 token", count, "leave a tenant out for no limit")
+        limits = (("max_bytes", max_bytes), ("ttl", ttl), ("host_bytes", host_bytes))
+        for name, limit in limits:
+            if limit is not None and not limit > 0:
+                raise ArgumentError(name, "more than 0", limit, "leave it out for none")
+            if limit is not None and path is None and name != "host_bytes":
+                raise ArgumentError(name, "a path beside it", "none", "it is for what is kept on disk")
+        self.eviction, self.budgets, self.restore = eviction, budgets, restore
+        self.store = None if path is None else DiskStore(path, max_bytes=max_bytes, ttl_s=ttl)
+        host_tier = None if host_bytes is None else HostTier(host_bytes)
+        self.tiers = Tiers(host_tier, self.store) if host_tier is not None or self.store is not None else None
         self.tree: PrefixTree | None = None
+        self.kept: Kept | None = None
         self._host: Host | None = None
+
+    @property
+    def problems(self) -> list[str]:
+        """What was lost of the folder or could not be written, one line each."""
+        return [] if self.store is None else list(self.store.problems)
+
+    def fetch(self, tokens: Sequence[int], salt: str | None) -> list[Piece]:
+        """What is kept outside of the pages of a prompt, and pays to be put there; for the engine."""
+        return [] if self.kept is None else self.kept.fetch(tokens, salt)
 
     def pin(
         self,
@@ -78,19 +121,29 @@ class PromptCache:
         if count < len(ids) - len(ids) % tree.page_size:
             got = f"{count} of its {len(ids)} tokens there"
             raise ArgumentError("prompt", "a prefix that stays in the cache", got, "raise the budget or num_pages")
+        if self.kept is not None and self.tiers is not None and self.store is not None:
+            self.tiers.flush()
+            root = root_of(self.kept.fingerprint, whose)
+            found = self.tiers.find(root, ids, len(ids))
+            if found.keys:
+                self.store.pin(root, name, found.keys, found.num_tokens, ttl)
         return count
 
     def unpin(self, name: str, *, salt: str = "", is_public: bool = False) -> bool:
         """Let a pinned prefix be evicted as others are; False if there is none of that name."""
         tree, host = self._opened()
-        return host.call(lambda: tree.unpin(name, PUBLIC if is_public else salt))
+        whose = PUBLIC if is_public else salt
+        was_kept = False
+        if self.kept is not None and self.store is not None:
+            was_kept = self.store.unpin(root_of(self.kept.fingerprint, whose), name)
+        return host.call(lambda: tree.unpin(name, whose)) or was_kept
 
     def counts(self, salt: str = "") -> Counts:
         """What became of a tenant's requests, in tokens."""
         return self._opened()[0].counts(salt)
 
     def clear(self) -> None:
-        """Forget everything, pins too."""
+        """Forget everything that is in pages, pins too."""
         tree, host = self._opened()
         host.call(tree.clear)
 
@@ -100,22 +153,39 @@ class PromptCache:
             raise ArgumentError("prompt_cache", "one that an engine has", "one that none has", hint)
         return self.tree, self._host
 
-    def open(self, ledger: Ledger, cost: Cost, host: Host) -> PrefixTree:
-        """The tree for the pages of one engine. Raises ArgumentError while another engine has this cache."""
+    def attach(
+        self, ledger: Ledger, pages: PagedCache, cost: Cost, host: Host, identify: Callable[[], str]
+    ) -> PrefixTree:
+        """The tree for the pages of one engine. identify: the fingerprint of all that K and V depend on.
+
+        Raises ArgumentError while another engine has this cache.
+        """
         if self.tree is not None:
             raise ArgumentError("prompt_cache", "one that no other engine has", "one in use", "make another")
         size, budgets = ledger.page_size, self.budgets
         if isinstance(budgets, Mapping):
-            pages: int | dict[str, int] | None = {salt: -(-value // size) for salt, value in budgets.items()}
+            most: int | dict[str, int] | None = {salt: -(-value // size) for salt, value in budgets.items()}
         else:
-            pages = None if budgets is None else -(-budgets // size)
+            most = None if budgets is None else -(-budgets // size)
         self._host = host
-        self.tree = PrefixTree(ledger, eviction=self.eviction, cost=cost, budgets=pages)
+        self.tree = PrefixTree(ledger, eviction=self.eviction, cost=cost, budgets=most)
+        if self.tiers is not None:
+            name = identify() if self.store is not None else "this engine"
+            self.kept = Kept(self.tree, pages, self.tiers, name, cost, self.restore, host.seconds)
         return self.tree
 
+    def detach(self) -> None:
+        """The engine has ended, and its pages with it; what is to be on disk is written."""
+        if self.tiers is not None:
+            self.tiers.flush()
+            if self.tiers.host is not None:
+                self.tiers.host.clear()
+        self.tree = self.kept = self._host = None
+
     def close(self) -> None:
-        """The engine has ended, and its pages with it."""
-        self.tree = self._host = None
+        """Let go of the folder."""
+        if self.tiers is not None:
+            self.tiers.close()
 
 
 __all__ = ["PromptCache"]

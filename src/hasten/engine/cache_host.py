@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
+from hasten.cache.fingerprint import fingerprint
 from hasten.cache.paged import Kind, PagedCache
+from hasten.cache.prefix import PrefixTree
 from hasten.cache.prompt_cache import PromptCache
 from hasten.engine import prompt as prompts
 from hasten.engine import sizes
 from hasten.engine.prefixes import Prefixes, versions
+from hasten.engine.request import Request
 from hasten.engine.sampling import Sampling
 from hasten.engine.scheduler import Scheduler
-from hasten.errors import HastenError
+from hasten.errors import ArgumentTypeError, HastenError
 
 if TYPE_CHECKING:
     from hasten.engine.engine import Engine
@@ -40,6 +44,24 @@ class CacheHost:
         """Leave K and V of these tokens in the cache; raises what `Engine.submit` and the model raise."""
         self._engine.submit(ids, Sampling(max_tokens=1), salt=salt).result()
 
+    def seconds(self, num_tokens: int) -> float | None:
+        """How long the model computes so many first tokens; None where they do not fit."""
+        try:
+            begin = time.perf_counter()
+            for _ in range(2):  # the first is slow for other reasons
+                begin = time.perf_counter()
+                self.compute([0] * num_tokens, "\0measured")  # of no tenant: of its tokens nothing was there
+                seconds = time.perf_counter() - begin
+                self.call(lambda: self._tree().forget("\0measured"))
+            return seconds
+        except HastenError:
+            return None
+
+    def _tree(self) -> PrefixTree:
+        cache = self._engine.prompt_cache
+        assert cache is not None and cache.tree is not None, "an engine asked by a prompt cache that it does not have"
+        return cache.tree
+
     def call(self, function: Callable[[], Answered]) -> Answered:
         """What a function gives in the engine's thread, between two steps."""
         future: Future[Answered] = Future()
@@ -61,9 +83,23 @@ def join(
     if given is None or given is False:
         return None
     cache = PromptCache() if given is True else given
-    tree = cache.open(scheduler.ledger, sizes.cost(engine.model, layers), CacheHost(engine))
-    scheduler.prefixes = Prefixes(tree, versions(engine.model))
+    model = engine.model
+
+    def identify() -> str:
+        return fingerprint(model, engine.tokenizer, layers, pages.page_size, pages.dtype, pages.stored)
+
+    tree = cache.attach(scheduler.ledger, pages, sizes.cost(model, layers), CacheHost(engine), identify)
+    scheduler.prefixes = Prefixes(tree, versions(model), cache.kept)
     return cache
 
 
-__all__ = ["CacheHost", "join"]
+def prepare(request: Request, salt: str | None, cache: PromptCache | None) -> None:
+    """Let a request that is being made belong to a tenant, and find what is kept of its prompt outside of the pages."""
+    if not isinstance(salt, str | None):
+        raise ArgumentTypeError("salt", "a string, or None for public", type(salt).__name__, "leave it out")
+    request.salt = salt
+    if cache is not None and request.sampling.prompt_logprobs is None:  # those are computed from the beginning
+        request.kept = cache.fetch(request.prompt, salt)
+
+
+__all__ = ["CacheHost", "join", "prepare"]

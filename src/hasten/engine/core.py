@@ -357,6 +357,7 @@ class Core:
             num_accepted=choice.num_accepted,
             score=choice.score,
             cached_tokens=request.cached_tokens,
+            restored_tokens=min(request.restored_tokens, request.cached_tokens),
             explanation=request.explanation,
         )
 

@@ -24,7 +24,7 @@ from hasten.engine.answer import Answer
 from hasten.engine.batch_runner import BatchRunner
 from hasten.engine.beam_search import BeamSearch, kept
 from hasten.engine.beams import Beams
-from hasten.engine.cache_host import join
+from hasten.engine.cache_host import join, prepare
 from hasten.engine.core import FAULTS, Core
 from hasten.engine.events import Failed, Finished, Token
 from hasten.engine.grammar import Grammars
@@ -171,10 +171,8 @@ class Engine:
         sampling = _sampling(sampling)
         if timeout_s is not None and not timeout_s > 0:
             raise ArgumentError("timeout_s", "more than 0 seconds", timeout_s, "leave it out for no limit")
-        if not isinstance(salt, str | None):
-            raise ArgumentTypeError("salt", "a string, or None for public", type(salt).__name__, "leave it out")
         request = self._request(prompts.encode(self.tokenizer, prompt, is_chat=is_chat), sampling, timeout_s)
-        request.salt = salt
+        prepare(request, salt, self.prompt_cache)
         handle = Handle(self, request.number, request.num_records)
         request.emit = handle.queue.put
         self._send(request)
@@ -239,7 +237,7 @@ class Engine:
         if self._merged is not None:
             self._merged.undo()
         if self.prompt_cache is not None:
-            self.prompt_cache.close()
+            self.prompt_cache.detach()
 
     def __enter__(self) -> Engine:
         return self

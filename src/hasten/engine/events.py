@@ -45,6 +45,7 @@ class Finished:
     num_drafted, num_accepted: tokens that were computed as a guess, and those of them that came true. score: of beam
     search, the sum of log probabilities over length ** length_penalty.
     cached_tokens: of the prompt, that were not computed because a prompt cache had them; explanation: why no more.
+    restored_tokens: of these, that came from host memory or disk.
     """
 
     finish_reason: str
@@ -71,6 +72,7 @@ class Finished:
     num_accepted: int = 0
     score: float | None = None
     cached_tokens: int = 0
+    restored_tokens: int = 0
     explanation: Explanation | None = None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hasten.cache.kept import Kept
 from hasten.cache.ledger import Ledger
 from hasten.cache.match import Match
 from hasten.cache.pages import NULL_PAGE
@@ -20,11 +21,11 @@ Version = tuple[int, ...]
 class Prefixes:
     """What the sequences of one ledger share through a tree.
 
-    version: of the weights; where it changes, everything is forgotten.
+    version: of the weights; where it changes, everything is forgotten. kept: what is outside of the pages, if anything.
     """
 
-    def __init__(self, tree: PrefixTree, version: Callable[[], Version] = tuple) -> None:
-        self.tree, self._version = tree, version
+    def __init__(self, tree: PrefixTree, version: Callable[[], Version] = tuple, kept: Kept | None = None) -> None:
+        self.tree, self._version, self.kept = tree, version, kept
         self._known_version, self._epoch = version(), 0
         self._borrowed: list[tuple[int, int]] = []  # (kind, page) that copies of this step are made from
 
@@ -58,6 +59,10 @@ class Prefixes:
         self.act_for(sequence)
         request = sequence.owner.request
         match = self._lookup(sequence)
+        if self.kept is not None and request.kept:
+            num_restored = self.kept.restore(match, request.kept, request.salt)
+            request.restored_tokens, request.kept = num_restored, ()
+            match = self._lookup(sequence) if num_restored else match
         match = self.tree.take(match, sequence.holding, request.salt, only_whole_pages=not has_spare)
         size = self.ledger.page_size
         if match.num_tokens % size:
@@ -82,12 +87,15 @@ class Prefixes:
         if end == len(sequence.owner.request.prompt):
             self.leave(sequence, end - end % self.ledger.page_size)
 
-    def leave(self, sequence: Tokens, num_computed: int) -> None:
-        """Leave the pages of the first tokens, which are computed."""
+    def leave(self, sequence: Tokens, num_computed: int, *, is_end: bool = False) -> None:
+        """Leave the pages of the first tokens, which are computed; at its end, what they hold is also kept outside."""
         tokens = sequence.tokens[:num_computed]
         if tokens and sequence.epoch == self._epoch:
             self.act_for(sequence)
-            self.tree.insert(tokens, sequence.holding, sequence.owner.request.salt)
+            salt = sequence.owner.request.salt
+            self.tree.insert(tokens, sequence.holding, salt)
+            if is_end and self.kept is not None:
+                self.kept.save(tokens, salt)
 
     def give_way(self) -> bool:
         """Take pins back for who would be alone and still has no room; False if there are none."""
@@ -111,6 +119,8 @@ class Prefixes:
         version = self._version()
         if version != self._known_version:
             self.tree.clear()
+            if self.kept is not None:
+                self.kept.turn_off()
             self._known_version = version
             self._epoch += 1
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hasten.cache.pieces import Piece
 from hasten.cache.reasons import Explanation
 from hasten.engine.answer import Answer
 from hasten.engine.events import Failed, Finished, Logprobs, Token
@@ -15,6 +16,7 @@ from hasten.engine.lookup import Lookup
 from hasten.engine.sampling import Chooser, Sampling
 from hasten.engine.sequence import Sequence
 
+Pieces = list[Piece] | tuple[()]
 Event = Token | Finished | Failed
 
 
@@ -54,7 +56,8 @@ class Request:
 
     beams: its beam search (beams.py), whose beams are its choices. Of these only the first get a record.
     salt: whose prefixes it may take over, and who may take over its own; None is everybody's. cached_tokens: that it
-    took over when it was first let in; explanation: why no more.
+    took over when it was first let in; explanation: why no more. kept: pieces that it may begin with, of which
+    restored_tokens were put into pages for it.
     """
 
     number: int
@@ -66,6 +69,8 @@ class Request:
     deadline_s: float | None = None
     salt: str | None = ""
     cached_tokens: int = 0
+    restored_tokens: int = 0
+    kept: Pieces = ()
     explanation: Explanation | None = None
     choices: list[Choice] = field(default_factory=list)
     beams: Any = None

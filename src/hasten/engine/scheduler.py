@@ -110,7 +110,7 @@ class Scheduler:
         """
         if sequence.state is not State.FINISHED:
             if self.prefixes is not None and not is_broken:
-                self.prefixes.leave(sequence, sequence.num_computed)
+                self.prefixes.leave(sequence, sequence.num_computed, is_end=True)
             (self.waiting if sequence.state is State.WAITING else self.running).remove(sequence)
             sequence.state = State.FINISHED
             sequence.holding.free()
