@@ -14,8 +14,6 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-
 from hasten.cache.paged import PagedCache, layers_of
 from hasten.cache.prompt_cache import PromptCache
 from hasten.engine import prompt as prompts
@@ -28,7 +26,7 @@ from hasten.engine.cache_host import join, prepare
 from hasten.engine.core import FAULTS, Core
 from hasten.engine.events import Failed, Finished, Token
 from hasten.engine.grammar import Grammars
-from hasten.engine.graphs import Capture, CudaCapture
+from hasten.engine.graphs import capture_for
 from hasten.engine.lookup import Lookup
 from hasten.engine.request import Choice, Event, Request
 from hasten.engine.runner import step_threads
@@ -36,7 +34,7 @@ from hasten.engine.sampling import MAX_SEED, Chooser, Sampling, end_ids
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.stats import Stats
 from hasten.errors import ArgumentError, ArgumentTypeError, HastenError
-from hasten.models.merged import Merged, merge
+from hasten.models.merged import merge
 
 Prompt = str | Sequence[int]
 Call = Callable[[], None]
@@ -116,9 +114,7 @@ class Engine:
         max_running = max_running if max_running is not None else 64 if is_cpu else 256
         max_batch_tokens = max_batch_tokens if max_batch_tokens is not None else 256 if is_cpu else 2048
         self.model, self.tokenizer, self._context = model, tokenizer, sizes.longest(model.config)
-        self._merged = (
-            _merged(model, device) if merge_projections or (merge_projections is None and not is_cpu) else None
-        )
+        self._merged = merge(model) if merge_projections or (merge_projections is None and not is_cpu) else None
         layers, stored = layers_of(model), sizes.stored_as(kv_dtype, model.dtype)
         counts = sizes.num_pages(
             layers,
@@ -133,7 +129,7 @@ class Engine:
         )
         cache = PagedCache(layers, counts, page_size, model.dtype, device, stored)
         scheduler = Scheduler(cache.ledger(), max_batch_tokens=max_batch_tokens, max_running=max_running)
-        capture = _capture(device, cuda_graphs)
+        capture = capture_for(device, cuda_graphs)
         if compile and capture is None:
             raise ArgumentError("compile", "False without CUDA graphs", True, "leave cuda_graphs out, on CUDA")
         runner = BatchRunner(
@@ -362,21 +358,6 @@ def _sampling(given: Sampling | Mapping[str, Any] | None) -> Sampling:
     if not isinstance(given, Mapping):
         raise ArgumentTypeError("sampling", "a Sampling or a mapping", type(given).__name__, "see hasten.Sampling")
     return Sampling.of(given)
-
-
-def _merged(model: Any, device: torch.device) -> Merged:
-    merged = merge(model)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # where the weights lay before is free for the cache
-    return merged
-
-
-def _capture(device: torch.device, is_wanted: bool | None) -> Capture | None:
-    """How decode steps are captured on a device, None if they are not."""
-    is_cuda = device.type == "cuda"
-    if is_wanted and not is_cuda:
-        raise ArgumentError("cuda_graphs", "False, or a model on CUDA", f"True on {device.type}", "leave it out")
-    return CudaCapture(device) if is_cuda and is_wanted is not False else None
 
 
 def _with_seed(sampling: Sampling, index: int) -> Sampling:

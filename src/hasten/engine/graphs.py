@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from hasten.errors import ArgumentError
+
 Run = Callable[[], None]
 #: takes what is to be captured, which has run before; returns what replays it. Raises what the capture raises.
 Capture = Callable[[Run], Run]
@@ -35,6 +37,14 @@ class CudaCapture:
         return graph.replay
 
 
+def capture_for(device: torch.device, is_wanted: bool | None) -> Capture | None:
+    """How decode steps are captured on a device, None if they are not; is_wanted None is True on CUDA."""
+    is_cuda = device.type == "cuda"
+    if is_wanted and not is_cuda:
+        raise ArgumentError("cuda_graphs", "False, or a model on CUDA", f"True on {device.type}", "leave it out")
+    return CudaCapture(device) if is_cuda and is_wanted is not False else None
+
+
 def reason_of(error: BaseException) -> str:
     """In a line, why a capture failed: the first of the errors that it raised one after another."""
     while error.__context__ is not None:
@@ -43,4 +53,4 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-__all__ = ["Capture", "CudaCapture", "Run", "reason_of"]
+__all__ = ["Capture", "CudaCapture", "Run", "capture_for", "reason_of"]

@@ -108,6 +108,8 @@ def merge(model: Any) -> Merged:
     if not is_same and groups:
         merged.undo()
         merged.names = []
+    if ids.is_cuda:
+        torch.cuda.empty_cache()  # where the weights lay before is free, for a cache that counts what is
     return merged
 
 
