@@ -122,6 +122,7 @@ def test_a_batch_that_grows_and_shrinks(is_ahead, monkeypatch):
         assert ids_of(records) == [of_transformers("gemma2", length) for length in LENGTHS] * 3
         stats = made.stats()
     assert stats.no_graphs is None and stats.num_replays > stats.num_graphs >= 3
+    assert made._core.runner.steps._logits is None  # the memory is free, whoever keeps the engine
 
 
 def test_a_model_that_cannot_be_captured_runs_without_and_says_why(monkeypatch, caplog):

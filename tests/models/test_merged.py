@@ -49,6 +49,15 @@ def test_one_product_is_computed_for_all(monkeypatch):
     assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
 
 
+def test_weights_stay_those_of_a_model_that_can_be_trained():
+    made = BY_NAME["llama"].build()
+    with torch.inference_mode():
+        merged = merge(made)
+    assert len(merged.names) == 4 and not any(weight.is_inference() for weight in made.parameters())
+    made(tokens(2, 7)).logits.sum().backward()
+    assert all(weight.grad is not None and weight.requires_grad for weight in made.parameters())
+
+
 def test_layers_called_alone_or_with_gradients_compute_their_own():
     plain = BY_NAME["llama"].build()
     made = copy.deepcopy(plain)

@@ -147,11 +147,10 @@ def measure_variant(
     if options.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(options.device)
     try:
-        with torch.inference_mode():
-            if name in PEERS:
-                found = _of_transformers(model, ids, new, options, PEERS[name])
-            else:
-                found = _of_engine(model, ids, new, options, ENGINES[name])
+        if name in PEERS:
+            found = _of_transformers(model, ids, new, options, PEERS[name])
+        else:
+            found = _of_engine(model, ids, new, options, ENGINES[name])
     except torch.OutOfMemoryError:
         return record | {"status": "out of memory"}, None
     except (RuntimeError, TypeError, ValueError, HastenError) as error:  # of a peer too: a result of the comparison

@@ -162,7 +162,8 @@ class PagedCache(Cache):
         """Copy pages, by kind, in every layer: all are read before one is written."""
         for pools, wanted in zip(self.pools, copies, strict=True):
             if wanted:
-                sources, targets = torch.tensor(wanted, device=pools[0].device).unbind(1)
+                places = torch.tensor(wanted, pin_memory=pools[0].is_cuda)  # so that nothing waits for the device
+                sources, targets = places.to(pools[0].device, non_blocking=True).unbind(1)
                 for pool in pools:
                     flat = pool.view(torch.uint8) if pool.dtype in QUANTIZED else pool
                     flat[targets] = flat[sources]

@@ -54,7 +54,9 @@ class BatchRunner:
             self.steps = DecodeSteps(forward, cache, self.device, most_rows, context, capture)
 
     def close(self) -> None:
-        """Give the model its own attention back."""
+        """Give the model its own attention back, and the memory of captured steps."""
+        if self.steps is not None:
+            self.steps.close()
         self.model.set_attn_implementation(self._before)
 
     @property

@@ -49,13 +49,13 @@ class DecodeSteps:
         self._pages = [PageRows() for _ in cache.kinds]
         self._chosen = torch.zeros(most, dtype=torch.int64, device=device)
         self._logits: Tensor | None = None
-        self.num_replays = 0
+        self.num_graphs = self.num_replays = 0  # sizes that have been captured, and steps by them
         self.refusal: str | None = None
 
-    @property
-    def num_graphs(self) -> int:
-        """Sizes that have been captured."""
-        return len(self._steps)
+    def close(self) -> None:
+        """Give the memory of what is captured back; what comes next is captured anew."""
+        self._steps.clear()
+        self._logits = None
 
     def takes(self, pieces: Sequence[Piece], chosen: Tensor | None) -> bool:
         """True if these are one token of each sequence, whose logits are wanted, and captured steps serve them."""
@@ -75,6 +75,7 @@ class DecodeSteps:
             if replay is None:
                 return logits[: len(pieces)]
             known = self._steps[key] = (inputs, replay)
+            self.num_graphs += 1
         known[1]()
         self.num_replays += 1
         assert self._logits is not None

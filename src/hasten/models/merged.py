@@ -87,6 +87,7 @@ class Merged:
             layer.__class__ = nn.Linear
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def merge(model: Any) -> Merged:
     """Merge the linear layers of a transformers model that read the same input, in place.
