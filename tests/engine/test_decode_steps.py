@@ -9,7 +9,7 @@ import torch
 
 import hasten.engine.engine as engines
 from hasten.cache.paged import PagedCache, kinds_of, layers_of
-from hasten.engine import decode_steps
+from hasten.engine import decode_steps, make_runner
 from hasten.engine.batch import Piece
 from hasten.engine.batch_runner import BatchRunner
 from hasten.engine.decode_steps import Inputs, PageRows, size_of
@@ -35,7 +35,7 @@ globals().update({test.__name__: test for test in SAME})  # run again here, unde
 @pytest.fixture(autouse=True)
 def captured(monkeypatch):
     """Every engine captures; a "graph" is the function itself. Narrow tables, so that there are several widths."""
-    monkeypatch.setattr(engines, "capture_for", lambda device, wanted: lambda run: run)
+    monkeypatch.setattr(make_runner, "capture_for", lambda device, wanted: lambda run: run)
     monkeypatch.setattr(decode_steps, "CAPACITY", 16)
 
 
@@ -132,7 +132,7 @@ def test_a_model_that_cannot_be_captured_runs_without_and_says_why(monkeypatch, 
         finally:
             raise RuntimeError("the capture is no longer valid")
 
-    monkeypatch.setattr(engines, "capture_for", lambda device, wanted: capture)
+    monkeypatch.setattr(make_runner, "capture_for", lambda device, wanted: capture)
     with engine() as made, caplog.at_level(logging.WARNING, "hasten"):
         records = run(made, [prompt(length) for length in LENGTHS], stays_open=True)
         assert ids_of(records) == [of_transformers("llama", length) for length in LENGTHS]

@@ -16,8 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from hasten.cache.paged import ENDLESS, PagedCache, PagedLayer, Tables
-from hasten.engine import attend_cpu
+from hasten.engine import attend_cpu, attend_tiles
 from hasten.engine.attend_cpu import DecodePlan
+from hasten.engine.attend_tiles import TilePlan
 from hasten.errors import ArgumentError
 from hasten.masks import Mask, Window
 from hasten.models import interface, masking, patterns
@@ -62,7 +63,7 @@ class Pages:
     cache_seqlens: Tensor
     cu_seqlens_q: Tensor | None
     lengths: tuple[tuple[int, int], ...]
-    plans: tuple[DecodePlan | None, ...]
+    plans: tuple[DecodePlan | TilePlan | None, ...]
     parts: tuple[Part, ...]
 
 
@@ -132,6 +133,8 @@ def _check_window(mask: Mask, window: int | None, module: nn.Module) -> None:
 def _on_cpu(q: Tensor, layer: PagedLayer, tables: Tables, mask: Mask, pages: Pages, options: dict[str, Any]) -> Tensor:
     """Attention of packed q (total, num_heads, head_dim); returns the same shape."""
     plan = pages.plans[layer.kind]
+    if isinstance(plan, TilePlan):
+        return attend_tiles.decode(q, layer, plan, **options)
     num_single = 0 if plan is None else plan.batch
     outs = attend_cpu.extend(q[num_single:], layer, tables, pages.lengths[num_single:], num_single, mask, **options)
     if plan is not None:

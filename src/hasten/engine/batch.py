@@ -13,8 +13,10 @@ from torch import Tensor
 from hasten.cache.ledger import Holding
 from hasten.cache.paged import PagedCache, Tables
 from hasten.cache.pages import Copy
-from hasten.engine.attend_cpu import DecodePlan, plan
+from hasten.engine import attend_cpu, attend_tiles
+from hasten.engine.attend_cpu import DecodePlan
 from hasten.engine.attend_pages import Pages, Part
+from hasten.engine.attend_tiles import TilePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,11 @@ class Batch:
     pending: Tensor | None
 
 
-def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device) -> Batch:
-    """The tensors of one forward over these pieces, in their order; logits come in the order of pieces and rows."""
+def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device, *, in_tiles: bool = False) -> Batch:
+    """The tensors of one forward over these pieces, in their order; logits come in the order of pieces and rows.
+
+    in_tiles: attention on a CPU is that of attend_tiles.py, for pieces of one token.
+    """
     ids = [token for piece in pieces for token in piece.ids]
     positions = [position for piece in pieces for position in range(piece.start, piece.start + len(piece.ids))]
     ends = [0]
@@ -71,7 +76,7 @@ def pack(pieces: Sequence[Piece], cache: PagedCache, device: torch.device) -> Ba
             cache_seqlens=put([length for _, length in lengths], torch.int32, device),
             cu_seqlens_q=put(ends, torch.int32, device) if ends[-1] > len(pieces) else None,
             lengths=lengths,
-            plans=tuple(_plan(pieces, lengths, kind, cache) if is_gathered else None for kind in kinds),
+            plans=tuple(_plan(pieces, lengths, kind, cache, in_tiles) if is_gathered else None for kind in kinds),
             parts=() if is_gathered else parts(lengths, cache.page_size, device),
         ),
         rows=put(rows, torch.int64, device),
@@ -142,15 +147,16 @@ def _num_single(lengths: Sequence[tuple[int, int]]) -> int:
 
 
 def _plan(
-    pieces: Sequence[Piece], lengths: Sequence[tuple[int, int]], kind: int, cache: PagedCache
-) -> DecodePlan | None:
+    pieces: Sequence[Piece], lengths: Sequence[tuple[int, int]], kind: int, cache: PagedCache, in_tiles: bool
+) -> DecodePlan | TilePlan | None:
     """For the first pieces, as long as they have one token each."""
     num_single = _num_single(lengths)
     if num_single == 0:
         return None
     rows = [piece.holding.tables[kind].pages for piece in pieces[:num_single]]
     ends = [length for _, length in lengths[:num_single]]
-    return plan(rows, ends, cache.kinds[kind].window, cache.page_size)
+    make = attend_tiles.plan if in_tiles else attend_cpu.plan
+    return make(rows, ends, cache.kinds[kind].window, cache.page_size)
 
 
 __all__ = ["Batch", "Piece", "copies_of", "pack", "parts", "put"]

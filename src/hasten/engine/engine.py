@@ -19,17 +19,15 @@ from hasten.cache.prompt_cache import PromptCache
 from hasten.engine import prompt as prompts
 from hasten.engine import sizes
 from hasten.engine.answer import Answer
-from hasten.engine.batch_runner import BatchRunner
 from hasten.engine.beam_search import BeamSearch, kept
 from hasten.engine.beams import Beams
 from hasten.engine.cache_host import join, prepare
 from hasten.engine.core import FAULTS, Core
 from hasten.engine.events import Failed, Finished, Token
 from hasten.engine.grammar import Grammars
-from hasten.engine.graphs import capture_for
 from hasten.engine.lookup import Lookup
+from hasten.engine.make_runner import make_runner
 from hasten.engine.request import Choice, Event, Request
-from hasten.engine.runner import step_threads
 from hasten.engine.sampling import MAX_SEED, Chooser, Sampling, end_ids
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.stats import Stats
@@ -83,6 +81,8 @@ class Engine:
     compile: decode steps go through torch.compile before they are captured, a minute or so for each size of batches.
     prompt_cache: a PromptCache, True for one with its usual settings, None for none; what sequences leave in pages is
     then taken over by those that begin alike.
+    reproducible: logits have the same bits whatever else is in the batch and however prompts are cut, at a cost
+    (docs/design/engine.md). Steps are then not captured.
 
     The tokens of a request are those it would get alone: batches, cut prompts, forks and preemption change rounding
     only. Raises ArgumentError for a model that keeps something else than K and V, for settings that contradict each
@@ -105,6 +105,7 @@ class Engine:
         merge_projections: bool | None = None,
         compile: bool = False,
         prompt_cache: PromptCache | bool | None = None,
+        reproducible: bool = False,
     ) -> None:
         self._num_lookup = Sampling(prompt_lookup_num_tokens=prompt_lookup_num_tokens).prompt_lookup_num_tokens or 0
         if model.training:
@@ -129,17 +130,14 @@ class Engine:
         )
         cache = PagedCache(layers, counts, page_size, model.dtype, device, stored)
         scheduler = Scheduler(cache.ledger(), max_batch_tokens=max_batch_tokens, max_running=max_running)
-        capture = capture_for(device, cuda_graphs)
-        if compile and capture is None:
-            raise ArgumentError("compile", "False without CUDA graphs", True, "leave cuda_graphs out, on CUDA")
-        runner = BatchRunner(
+        runner = make_runner(
             model,
             cache,
-            step_threads=step_threads(model),
-            capture=capture,
+            reproducible=reproducible,
+            cuda_graphs=cuda_graphs,
+            compile=compile,
             most_rows=max_running,
             context=self._context,
-            backend="inductor" if compile else None,
         )
         self.prompt_cache = join(prompt_cache, self, scheduler, cache, layers)
         self._core = Core(runner, scheduler)
