@@ -20,6 +20,7 @@ from hasten.ops.merge import merge
 
 if TYPE_CHECKING:
     from hasten import convert
+    from hasten.cache import PromptCache
     from hasten.engine import Engine, Sampling
     from hasten.models.accelerate import accelerate
 
@@ -37,6 +38,7 @@ __all__ = [
     "Global",
     "Padding",
     "PagedKV",
+    "PromptCache",
     "RingKV",
     "Sampling",
     "Window",
@@ -50,7 +52,12 @@ __all__ = [
     "merge",
 ]
 
-_LAZY = {"Engine": "hasten.engine", "Sampling": "hasten.engine", "accelerate": "hasten.models"}
+_LAZY = {
+    "Engine": "hasten.engine",
+    "PromptCache": "hasten.cache",
+    "Sampling": "hasten.engine",
+    "accelerate": "hasten.models",
+}
 _LAZY_MODULES = ("convert",)
 
 

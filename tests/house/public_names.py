@@ -8,7 +8,7 @@ CACHES = ("PagedKV", "ContiguousKV", "RingKV", "common_prefix")  # views of a KV
 TENSOR_FUNCTIONS = ("attention", "merge", "decode_attention", "append_kv")  # each states its shapes
 REPORTS = ("explain",)  # takes what attention takes and says so
 MODELS = ("accelerate",)
-GENERATION = ("Engine", "Sampling")
+GENERATION = ("Engine", "PromptCache", "Sampling")
 CONVERSION = ("convert",)  # a module, loaded when first used
 
 PUBLIC_NAMES = {*MASKS, *BIASES, *CACHES, *TENSOR_FUNCTIONS, *REPORTS, *MODELS, *GENERATION, *CONVERSION}

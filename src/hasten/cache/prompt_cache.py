@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from transformers.cache_utils import DynamicCache
 
 from hasten.cache.eviction import POLICIES, Cost
 from hasten.cache.kept import RULES, Kept
 from hasten.cache.ledger import Ledger
+from hasten.cache.library import Library
 from hasten.cache.nodes import Counts
 from hasten.cache.paged import PagedCache
 from hasten.cache.pieces import Piece, root_of
@@ -86,6 +89,44 @@ class PromptCache:
         self.tree: PrefixTree | None = None
         self.kept: Kept | None = None
         self._host: Host | None = None
+        self._library: Library | None = None
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: Any = None, tokenizer: Any = None, **settings: Any
+    ) -> PromptCache:
+        """A cache in a folder, for a transformers model that is used without an engine.
+
+            cache = PromptCache.load(path, model, tokenizer)
+            cache.pin("system", system_prompt, ttl=3600)
+            model.generate(**inputs, past_key_values=cache.fork(inputs["input_ids"]))
+
+        Reads the weights once, for their fingerprint. Without a model the folder can be looked at. settings: as of
+        `PromptCache`. Raises ArgumentError for a folder that cannot be used and a model that keeps something else than
+        K and V.
+        """
+        cache = cls(path, **settings)
+        if model is not None and cache.tiers is not None:
+            cache._library = Library(model, tokenizer, cache.tiers)
+        return cache
+
+    def fork(self, prompt: Any, *, salt: str = "") -> DynamicCache:
+        """A `transformers` cache with the longest known prefix of a prompt, for `past_key_values=`.
+
+        prompt: a text, token ids, or a tensor (n,) or (1, n); its last token is never in. What is written into one
+        fork is in no other. Raises ArgumentError without a model (`load`).
+        """
+        library = self._loaded()
+        return library.fork(library.encode(prompt), salt)
+
+    def add(self, tokens: Any, past: Any, *, salt: str = "") -> None:
+        """Keep what a cache holds of exactly these tokens, such as a fork after `generate`: all but its last token.
+
+        Raises ArgumentError for another number of tokens, for a cache whose layers with a window have let go of some
+        (`pin` the prefix instead), and without a model (`load`).
+        """
+        library = self._loaded()
+        library.add(library.encode(tokens), past, salt)
 
     @property
     def problems(self) -> list[str]:
@@ -112,27 +153,32 @@ class PromptCache:
         is_public: every tenant finds it. Raises ArgumentError where nobody computes, and for a prefix that does not
         stay.
         """
-        tree, host = self._opened()
         if ttl is not None and not ttl > 0:
             raise ArgumentError("ttl", "more than 0 seconds", ttl, "leave it out to keep it until it is unpinned")
-        ids, whose = host.encode(prompt, is_chat=is_chat), PUBLIC if is_public else salt
+        whose = PUBLIC if is_public else salt
+        if self._library is not None and self.tree is None:
+            if is_chat:
+                raise ArgumentError("is_chat", "False without an engine", True, "apply the chat template to the prompt")
+            ids = self._library.encode(prompt)
+            self._library.compute(ids, whose)
+            return self._pin_files(name, ids, whose, ttl, self._library.fingerprint)
+        tree, host = self._opened()
+        ids = host.encode(prompt, is_chat=is_chat)
         host.compute(ids, whose)
         count = host.call(lambda: tree.pin(name, ids, whose, ttl))
         if count < len(ids) - len(ids) % tree.page_size:
             got = f"{count} of its {len(ids)} tokens there"
             raise ArgumentError("prompt", "a prefix that stays in the cache", got, "raise the budget or num_pages")
-        if self.kept is not None and self.tiers is not None and self.store is not None:
-            self.tiers.flush()
-            root = root_of(self.kept.fingerprint, whose)
-            found = self.tiers.find(root, ids, len(ids))
-            if found.keys:
-                self.store.pin(root, name, found.keys, found.num_tokens, ttl)
+        if self.kept is not None and self.store is not None:
+            self._pin_files(name, ids, whose, ttl, self.kept.fingerprint)
         return count
 
     def unpin(self, name: str, *, salt: str = "", is_public: bool = False) -> bool:
         """Let a pinned prefix be evicted as others are; False if there is none of that name."""
-        tree, host = self._opened()
         whose = PUBLIC if is_public else salt
+        if self._library is not None and self.tree is None and self.store is not None:
+            return self.store.unpin(root_of(self._library.fingerprint, whose), name)
+        tree, host = self._opened()
         was_kept = False
         if self.kept is not None and self.store is not None:
             was_kept = self.store.unpin(root_of(self.kept.fingerprint, whose), name)
@@ -146,6 +192,26 @@ class PromptCache:
         """Forget everything that is in pages, pins too."""
         tree, host = self._opened()
         host.call(tree.clear)
+
+    def flush(self) -> None:
+        """Wait until what is to be on disk is written."""
+        if self.tiers is not None:
+            self.tiers.flush()
+
+    def _pin_files(self, name: str, ids: Sequence[int], salt: str | None, ttl: float | None, fingerprint: str) -> int:
+        assert self.tiers is not None and self.store is not None, "nothing is kept in files"
+        self.tiers.flush()
+        root = root_of(fingerprint, salt)
+        found = self.tiers.find(root, ids, len(ids))
+        if found.keys:
+            self.store.pin(root, name, found.keys, found.num_tokens, ttl)
+        return found.num_tokens
+
+    def _loaded(self) -> Library:
+        if self._library is None:
+            hint = "hasten.PromptCache.load(path, model, tokenizer)"
+            raise ArgumentError("model", "the one that the cache is for", "none", hint)
+        return self._library
 
     def _opened(self) -> tuple[PrefixTree, Host]:
         if self.tree is None or self._host is None:
@@ -183,7 +249,7 @@ class PromptCache:
         self.tree = self.kept = self._host = None
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Write what waits, and let go of the folder."""
         if self.tiers is not None:
             self.tiers.close()
 
