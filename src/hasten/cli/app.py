@@ -27,6 +27,7 @@ VERBS = {
     "convert": "Turn a checkpoint into one of another architecture, with a report of every tensor.",
     "train": "Train a model on local data; the same command resumes it, to the bit.",
     "uptrain": "Train a converted checkpoint on a little, from where the original's schedule stopped.",
+    "cache": "Look into, check, prune and fill a folder of prompt caches.",
     "bench": "Measure hasten beside its peers on this machine.",
     "doctor": "Show what is installed, what each feature gets here, and check exactness once.",
 }
