@@ -53,6 +53,23 @@ def test_a_step_is_on_its_way_before_the_last_one_is_read(monkeypatch):
     assert order.count("launch") == test_engine.NEW  # the last token is known by its number, and nothing wasted
 
 
+def test_every_step_computes_a_token_of_every_request():
+    """A token that was chosen, and not yet read, is not forgotten when the one before it is read."""
+    hand = Hand(max_batch_tokens=64)
+    requests = [hand.add(prompt(length)) for length in (5, 9, 16)]
+    hand.rest()
+    assert hand.core.num_steps == test_engine.NEW
+    for request, length in zip(requests, (5, 9, 16), strict=True):
+        assert hand.events[request.number][-1].token_ids == of_transformers("llama", length)
+    hand = Hand()
+    hand.add(prompt(5))
+    calls = 0
+    while not hand.core.is_idle:
+        hand.step()
+        calls += 1
+    assert calls == test_engine.NEW + 1 == hand.core.num_steps + 1
+
+
 def test_who_ends_by_a_token_is_computed_once_too_often_and_no_more():
     end = of_transformers("llama", 9)[4]
     at = of_transformers("llama", 9).index(end)

@@ -236,7 +236,8 @@ class Core:
             return
         for place, pick in enumerate(found):
             assert pick.choice.sequence is not None, "a choice without a sequence has no token to come"
-            pick.choice.place, pick.choice.sequence.num_pending = place, 1
+            pick.choice.place = place
+            pick.choice.sequence.num_pending += pick.num_draft == 0  # beside one of the step before, until that is read
         chosen = torch.cat(tokens) if len(tokens) > 1 else tokens[0]
         self._launched = [Launched(found, chosen, self._logprobs(found, logits, chosen))]
 
@@ -264,6 +265,8 @@ class Core:
             for choice, places in launched.places():
                 if choice.is_done:
                     continue
+                assert choice.sequence is not None, "a choice without a sequence has no token to come"
+                choice.sequence.num_pending -= 1
                 num_kept = speculate.settle(choice, [tokens[place] for place in places])
                 self.num_drafted += len(places) - 1
                 self.num_accepted += num_kept - 1
@@ -281,7 +284,6 @@ class Core:
             choice.first_token_s = now
         choice.last_token_s = now
         assert choice.sequence is not None, "a choice without a sequence has no token to come"
-        choice.sequence.num_pending = 0
         choice.sequence.tokens.append(token)
         piece, is_last = choice.answer.push(token)
         if own is not None:
