@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hasten.engine import Engine, Sampling, decode_steps
+from hasten.engine import Engine, Failed, Sampling, decode_steps
 from tests.models.tiny import DECODERS, tokens
 
 pytestmark = pytest.mark.gpu
@@ -114,6 +114,7 @@ def test_steps_wait_for_nothing(monkeypatch):
 
         monkeypatch.setattr(engine._core, "step", watched)
         records = engine.generate(prompts, Sampling(max_tokens=NEW))
+        assert not [str(one.error) for one in records if isinstance(one, Failed)]
         assert all(len(one.token_ids) == NEW for one in records)
 
 
