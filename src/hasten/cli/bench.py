@@ -22,13 +22,14 @@ from hasten.bench import plots, records, suites, tables
 from hasten.bench.problems import Pattern, Problem, parse_dtype
 from hasten.bench.records import Record
 from hasten.bench.timing import Plan
-from hasten.cli import bench_decode, bench_generate, bench_longformer
+from hasten.cli import bench_decode, bench_generate, bench_longformer, bench_prompt_cache
 from hasten.errors import ArgumentError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure hasten beside its peers on this machine.")
 app.command("decode")(bench_decode.decode)
 app.command("generate")(bench_generate.generate)
 app.command("longformer")(bench_longformer.longformer)
+app.command("prompt-cache")(bench_prompt_cache.prompt_cache)
 
 #: What is measured when nothing is said, by kind of device: the papers' grid on a GPU, seconds of work on a CPU.
 DEFAULTS: dict[str, dict[str, Any]] = {
