@@ -23,12 +23,10 @@ def filled(capacity=8, **shape):
     return layer
 
 
-# without beams over an encoder, whose cache transformers expands for beams only if it made it itself
 SEARCHES = [
     pytest.param(architecture, options, id=f"{architecture}-{'beams' if options else 'greedy'}")
     for architecture in GENERATORS
     for options in ({}, {"num_beams": 3})
-    if not (options and architecture.kind == "seq2seq")
 ]
 
 
@@ -45,6 +43,35 @@ def test_generate_gives_the_same_tokens_as_with_its_own_cache(architecture, side
     cache = EncoderDecoderKVCache(10, 9) if architecture.kind == "seq2seq" else KVCache(18)
     got = model.generate(tokens(2, 9), **given, **options, past_key_values=cache)
     assert got.tolist() == expected.tolist()
+
+
+WAYS = {
+    "sampled": {"do_sample": True, "top_k": 20},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "drawn-beams": {"num_beams": 2, "do_sample": True},
+    "lookup": {"prompt_lookup_num_tokens": 3, "do_sample": False},
+    "assisted": {"do_sample": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("architecture", GENERATORS, ids=str)
+def test_an_accelerated_model_generates_in_every_way_what_eager_does(architecture, way):
+    eager, served = architecture.pair()
+    rows = 1 if way in ("lookup", "assisted") else 2  # transformers takes one row alone for these
+    given = {"attention_mask": torch.ones(rows, 9, dtype=torch.long), "max_new_tokens": 12, **WAYS[way]}
+    if way == "assisted":
+        given["assistant_model"] = architecture.build()
+        with torch.no_grad():
+            for parameter in given["assistant_model"].parameters():
+                parameter.mul_(1.02)  # is often right, and often wrong
+    torch.manual_seed(0)
+    expected = eager.generate(tokens(rows, 9), **given)
+    cache = EncoderDecoderKVCache(40, 9) if architecture.kind == "seq2seq" else KVCache(40)
+    torch.manual_seed(0)
+    assert served.generate(tokens(rows, 9), **given, past_key_values=cache).tolist() == expected.tolist()
+    assert cache.length >= 9
 
 
 def test_states_are_written_in_place_and_read_as_views():

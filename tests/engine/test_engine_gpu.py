@@ -124,3 +124,55 @@ def allowed(function, *arguments):
         return function(*arguments)
     finally:
         torch.cuda.set_sync_debug_mode("error")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", [one for one in DECODERS if one.name != "gpt_oss"], ids=str)
+def test_bits_are_equal_alone_among_32_others_and_at_any_cut(architecture, dtype):
+    model = architecture.build(dtype).cuda()
+    model.generation_config.eos_token_id = None
+    text, asked = tokens(1, 40, 40)[0].tolist(), Sampling(max_tokens=NEW, logprobs=3, prompt_logprobs=3)
+    others = [tokens(1, 1 + 5 * place % 29, 100 + place)[0].tolist() for place in range(32)]
+    found = []
+    for budget in (64, 41, 40, 17):
+        with Engine(
+            model, num_pages=200, max_running=40 if budget > 40 else 8, max_batch_tokens=budget, reproducible=True
+        ) as engine:
+            found += engine.generate([text], asked)
+            beside = [engine.submit(one, Sampling(max_tokens=9)) for one in others]
+            found += engine.submit(text, asked).result()
+            assert all(handle.result() for handle in beside)
+            engine.check_integrity()
+    assert len({one.token_ids for one in found}) == 1
+    assert all(one.logprobs == found[0].logprobs for one in found)
+    assert all(one.prompt_logprobs == found[0].prompt_logprobs for one in found)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_drafts_and_beams_are_those_of_a_cpu(name):
+    (architecture,) = (one for one in DECODERS if one.name == name)
+    text = [3, 9, 4, 7, 11, 3, 9, 4, 7, 12, 3, 9, 4]
+    settings = [
+        {"prompt_lookup_num_tokens": 5},
+        {"prompt_lookup_num_tokens": 5, "repetition_penalty": 1.3},
+        {"num_beams": 3, "num_return_sequences": 3},
+    ]
+    found = []
+    for device in ("cpu", "cuda"):
+        model = architecture.build().to(device)
+        model.generation_config.eos_token_id = None
+        with Engine(model, num_pages=80, max_running=8) as engine:
+            records = [
+                one for options in settings for one in engine.generate([text], Sampling(max_tokens=30, **options))
+            ]
+            drawn = [
+                engine.generate(
+                    [text], Sampling(max_tokens=30, temperature=0.7, seed=3, prompt_lookup_num_tokens=count)
+                )
+                for count in (0, 5)
+            ]
+            assert drawn[0][0].token_ids == drawn[1][0].token_ids
+            engine.check_integrity()
+        found.append(records)
+    assert [one.token_ids for one in found[0]] == [one.token_ids for one in found[1]]
+    assert [one.score for one in found[0][2:]] == pytest.approx([one.score for one in found[1][2:]], abs=1e-3)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hasten.cache.paged import PagedCache
 from hasten.cache.pages import NULL_PAGE
-from hasten.engine.batch import Piece, copies_of, pack
+from hasten.engine.batch import Piece, copies_of, pack, put
 from hasten.engine.batch_runner import BatchRunner
 from hasten.errors import ArgumentError
 
@@ -72,10 +72,10 @@ class BlockRunner(BatchRunner):
             sources, places = batch.pending
             batch.ids[0, places] = chosen[sources].clamp(min=0)
         # the head computes all rows or none: its product has a shape, too
-        rows = torch.arange(self.num_rows if wanted else 0, device=self.device)
+        rows = put(range(self.num_rows if wanted else 0), torch.int64, self.device)
         options = {"logits_to_keep": rows} if self._takes_rows else {}
         logits = self._all_logits(batch.ids, batch.positions, batch.pages, **options)[0]
-        return logits[torch.tensor(wanted, dtype=torch.int64, device=self.device)]
+        return logits[put(wanted, torch.int64, self.device)]
 
 
 def _singles(pieces: Sequence[Piece]) -> Iterator[Piece]:
