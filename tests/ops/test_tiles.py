@@ -17,6 +17,7 @@ from hasten.masks import BlockSparse, Causal, Dense, Documents, Full, Global, Ma
 from hasten.ops import tiles
 from hasten.ops.tiles import Band, TileLists, as_band, band_tiles, tile_lists
 from hasten.ops.tiles.classify import Grid, classify
+from hasten.ops.tiles.pieces import cut_lines
 
 CPU = torch.device("cpu")
 Case = tuple[Mask, tuple[int, int, int, int], int, int]
@@ -287,6 +288,34 @@ def test_the_cache_keeps_no_tensor_alive_and_is_bounded() -> None:
     for size in range(1, 200):
         tile_lists(Full(), 1, 1, size, size, 32, 32, CPU)
     assert len(tiles.lists._cache._lists) <= 64
+
+
+@pytest.mark.parametrize("visits", [[512, 6, 6, 7, 0] * 3, [5, 300, 6] * 4, [90], [33, 1]], ids=str)
+def test_pieces_of_long_lines(visits: list[int]) -> None:
+    """Each line once or in all its parts, none much longer than the fair share of a processor, the longest first."""
+    pieces = cut_lines(visits, 10 * sum(visits), 10, 132, CPU)
+    assert pieces is not None
+    most = max(16, 10 * sum(visits) // (8 * 132))
+    found: dict[int, list[int]] = {}
+    for line, share in pieces.items.tolist():
+        found.setdefault(line, []).append(share)
+    assert sorted(found) == [*range(len(visits))]
+    slots = []
+    for line, slot, parts in pieces.cut.tolist():
+        assert found.pop(line) == [slot + part << 12 | part << 6 | parts for part in range(parts)]
+        assert parts == -(-visits[line] // most) > 1
+        slots += range(slot, slot + parts)
+    assert slots == [*range(pieces.num_slots)]
+    assert all(shares == [0] and visits[line] <= most for line, shares in found.items())
+    lengths = [-(-visits[line] // max(1, share & 63)) for line, share in pieces.items.tolist()]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_lines_stay_whole_where_pieces_gain_nothing() -> None:
+    even, short, many = [512] * 512, [6] * 50 + [32], [512] * 500
+    assert cut_lines(even, 16 * sum(even), 16, 132, CPU) is None
+    assert cut_lines(short, 16 * sum(short), 16, 132, CPU) is None
+    assert cut_lines(many, 16 * 520, 16, 132, CPU) is None  # each long in one table only: too many slots
 
 
 def test_longformer_at_65536_is_quick() -> None:

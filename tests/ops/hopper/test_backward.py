@@ -16,12 +16,12 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs triton")
 
 import hasten
-from hasten.masks import Causal, Padding
+from hasten.masks import Causal, Global, Mask, Padding, Window
 from hasten.ops import portable
 from hasten.ops.call import Gradients
 from hasten.ops.hopper import backward_launch, refuses
 from tests.ops import promises, tables
-from tests.ops.cases import Case, check, make
+from tests.ops.cases import Case, call, check, make, solve
 
 pytestmark = pytest.mark.gpu
 
@@ -146,6 +146,32 @@ def test_a_hundred_launches_agree(
         else:
             torch.testing.assert_close(dq, first[0], rtol=1e-2, atol=1e-3)
     assert len(served) == 101
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("mask", [Window(100, 100) | Global((0, 1, 5000)), Window(9, 9) | Global((8199,))], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_long_columns_are_cut_into_pieces(
+    head_dim: int, mask: Mask, served: list[int], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Errors as a share of the result, of all keys and of those in pieces; a deterministic call has none."""
+    added: list[int] = []
+    real = backward_launch.plan_add
+    monkeypatch.setattr(backward_launch, "plan_add", lambda *sizes: added.append(1) or real(*sizes))
+    case = Case(name="long", batch=2, seqlen_q=8200, num_heads=4, num_kv_heads=2, head_dim=head_dim, upstream="both",
+                mask=tables.fixed(mask))  # fmt: skip
+    problem = make(case, torch.bfloat16, "cuda")
+    want = solve(problem.to(torch.float32), lambda own: call(own, "portable"))
+    assert not served
+    first = promises.run(problem, "portable")
+    for name, exact in want.items():
+        for keys in (slice(None), slice(0, 64), slice(8192, None)) if name in ("dk", "dv") else (slice(None),):
+            assert (first[name][:, keys].float() - exact[:, keys]).norm() <= 1e-2 * exact[:, keys].norm(), (name, keys)
+    for _ in range(20):
+        again = promises.run(problem, "portable")
+        assert torch.equal(again["dk"], first["dk"]) and torch.equal(again["dv"], first["dv"])
+    is_deterministic = "deterministic" in request.node.callspec.id
+    assert len(served) == 21 and len(added) == (0 if is_deterministic else 21)
 
 
 @DETERMINISTIC

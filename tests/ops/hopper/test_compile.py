@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="needs triton")
 from hasten.masks import Causal, Full, Global, Mask, Padding, Window
 from hasten.ops.call import Call
 from hasten.ops.hopper import launch, table
+from hasten.ops.tiles import pieces
 from tests.ops.hopper.compiling import SHARED_LIMIT, Compiled, compile_launches
 
 pytestmark = pytest.mark.compiler
@@ -23,6 +24,7 @@ TERMS = {
     "window": {"mask": Window(128, 64)},
     "padded": {"mask": Causal() & Padding([1000])},
     "lists": {"mask": Window(64, 64) | Global((0,))},
+    "pieces": {"mask": Window(32, 32) | Global((0,)), "sinks": torch.empty(16)},
     "packed": {"mask": Window(128, 0), "cu_seqlens_q": BOUNDS, "cu_seqlens_k": BOUNDS},
     "rich": {"mask": Causal(), "softcap": 20.0, "sinks": torch.empty(16)},
 }
@@ -41,7 +43,10 @@ def compiled(line: table.Tile, head_dim: int, terms: str, dtype: torch.dtype = t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "num_multiprocessors", lambda device: 132)
         patch.setattr(launch, "forward_tile", lambda *choice: line)
-        (kernel,) = compile_launches(lambda: launch.forward(q, k, v, call))
+        if terms == "pieces":
+            patch.setattr(pieces, "_FEWEST", 2)
+        kernel, *others = compile_launches(lambda: launch.forward(q, k, v, call))
+    assert [(other.name, other.spill_bytes) for other in others] == [("merge_pieces", 0)] * (terms == "pieces")
     return kernel
 
 
@@ -50,11 +55,13 @@ DAILY = {("128", terms) for terms in TERMS} | {
     ("64 long", "full"),
     ("256", "causal"),
     ("256", "lists"),
+    ("256", "pieces"),
 }
 CASES = [
     pytest.param(name, terms, marks=() if (name, terms) in DAILY else pytest.mark.slow)  # 6 seconds of two cores each
     for name in LINES
     for terms in TERMS
+    if (name, terms) != ("64 long", "pieces")  # lists never take that line
 ]
 
 

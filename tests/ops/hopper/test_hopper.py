@@ -16,13 +16,13 @@ pytest.importorskip("triton", reason="needs triton")
 
 import hasten
 from hasten.errors import UnsupportedError
-from hasten.masks import Causal, Full, Padding, Window
+from hasten.masks import Causal, Full, Global, Padding, Window
 from hasten.ops import attention as public
 from hasten.ops import choose, hopper, portable
 from hasten.ops.call import Call
 from hasten.ops.hopper import launch
 from tests.ops import promises, tables
-from tests.ops.cases import Case, call, check, make, solve
+from tests.ops.cases import Case, call, check, make, poisoned, solve
 
 pytestmark = pytest.mark.gpu
 
@@ -85,26 +85,63 @@ def test_errs_no_more_than_pytorch_in_float16(case: Case, served: list[int]) -> 
     check(case, "portable", torch.float16, "cuda")
 
 
+def is_near(out: Tensor, want: Tensor) -> None:
+    """Assert that `out` is what bfloat16 makes of `want`, which rounds by 2^-8 at most.
+
+    It does so to each probability, by 2^-9.3 in the mean square, then to each result. The first adds up to an error of
+    the size of a row's values times 2^-9.3, whatever an element is; ten times that is allowed, which chance does not
+    reach in 10 million elements, and twice what both make in the mean.
+    """
+    error, row = (out.float() - want).abs(), want.square().mean(-1, keepdim=True).sqrt()
+    assert (error <= 2**-8 * want.abs() + 2**-6 * row).all(), float((error / row).nan_to_num(0.0).max())
+    mean = (error / row).nan_to_num(0.0).mean()  # a row that sees nothing is exactly 0
+    assert mean <= 2**-8, float(mean)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("mask", [tables.FULL, tables.CAUSAL], ids=["full", "causal"])
 def test_every_tile_of_the_table_is_right(mask: tables.Build, head_dim: int, served: list[int]) -> None:
-    """Long enough for each line that the table has for a head_dim, and more items than the GPU takes at once.
-
-    bfloat16 rounds by 2^-8 at most: each probability, by 2^-9.3 in the mean square, then each result. The first adds
-    up to an error of the size of a row's values times 2^-9.3, whatever an element is; ten times that is allowed, which
-    chance does not reach in 10 million elements, and twice what both make in the mean.
-    """
+    """Long enough for each line that the table has for a head_dim, and more items than the GPU takes at once."""
     for seqlen in (1000, 8200):
         heads = 40 if seqlen == 1000 else 2
         case = Case(name="long", seqlen_q=seqlen, num_heads=heads, num_kv_heads=2, head_dim=head_dim, mask=mask)
         problem = make(case, torch.bfloat16, "cuda")
         out, lse = call(problem, "portable")
         want, exact = call(problem.to(torch.float32), "portable")
-        error, row = (out.float() - want).abs(), want.square().mean(-1, keepdim=True).sqrt()
-        assert (error <= 2**-8 * want.abs() + 2**-6 * row).all(), float((error / row).max())
-        assert (error / row).mean() <= 2**-8, float((error / row).mean())
+        is_near(out, want)
         torch.testing.assert_close(lse, exact, rtol=1e-5, atol=1e-5)
     assert len(served) == 2
+
+
+LONG_ROWS = {
+    "longformer": {"mask": tables.fixed(Window(100, 100) | Global((0, 1, 5000)))},
+    "sinks": {"mask": tables.fixed(Window(100, 100) | Global((8199,))), "has_sinks": True, "softcap": 5.0},
+    "padded": {"mask": tables.both(tables.fixed(Window(9, 9) | Global((0,))), tables.padding(8200, 4000))},
+    "per-head": {"mask": tables.fixed(Window(40, 40, dilation=(1, 1, 2, 3)) | Global((7,)))},
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", LONG_ROWS)
+def test_long_rows_are_cut_into_pieces(
+    kind: str, head_dim: int, served: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged: list[int] = []
+    real = launch.plan_merge
+    monkeypatch.setattr(launch, "plan_merge", lambda *sizes: merged.append(1) or real(*sizes))
+    case = Case(name=kind, batch=2, seqlen_q=8200, num_heads=4, num_kv_heads=2, head_dim=head_dim, **LONG_ROWS[kind])
+    problem = make(case, torch.bfloat16, "cuda")
+    want, exact = call(problem.to(torch.float32), "portable")
+    assert not served
+    first = None
+    for _ in range(20):  # which of the pieces end first changes nothing
+        with poisoned():
+            out, lse = call(problem, "portable")
+        is_near(out, want)
+        torch.testing.assert_close(lse, exact, rtol=1e-5, atol=1e-5)
+        first = first or (out, lse)
+        assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
+    assert len(served) == len(merged) == 20
 
 
 @pytest.mark.parametrize("fill", promises.FILLS)

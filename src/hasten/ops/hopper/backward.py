@@ -35,7 +35,7 @@ from hasten.ops.hopper.backward_tiles import (
     probabilities,
     put,
     ring,
-    store_rows,
+    send_keys,
     take,
     visits_of,
     wait_rank,
@@ -43,11 +43,12 @@ from hasten.ops.hopper.backward_tiles import (
 )
 from hasten.ops.hopper.backward_wide import consume_wide, load_wide
 from hasten.ops.hopper.cells import accumulator
+from hasten.ops.hopper.pieces import store_sums
 
 # numbers for which a kernel compiled for "1" or "a multiple of 16" gains nothing and costs seconds
 LENGTHS = (
     "lists", "rows", "band", "terms", "num_tiles", "num_pairs", "pairs_of_group", "num_groups", "num_kv_heads",
-    "seqlen_q", "seqlen_k", "num_blocks", "group_size",
+    "seqlen_q", "seqlen_k", "num_blocks", "group_size", "num_slots",
 )  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def consume_tile(
     buffers, barriers, out_descs, terms = job
     q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf = buffers
     kv_full, kv_empty, q_full, dout_full = barriers
-    dk_desc, dv_desc = out_descs
+    dk_desc, dv_desc, sums = out_descs
     D: gl.constexpr = k_buf.shape[-1]
     DV: gl.constexpr = v_buf.shape[-1]
     s_mma: gl.constexpr = accumulator(BLOCK_M)
@@ -253,12 +254,17 @@ def consume_tile(
             dk = warpgroup_mma_wait(0, deps=[dk])
             count += 1
     bridge.barrier_sync(BOTH, 2 * WARPGROUP)  # both have read K
-    v_buf.index(W).reshape([64, DV]).store(dv.to(dtype))
-    k_buf.index(W).reshape([64, D]).store((dk * terms[0]).to(dtype))
-    fence_async_shared()
-    store_rows(dv_desc, at_k, n0 + 64 * W, 0, kv_head, v_buf.index(W))
-    store_rows(dk_desc, at_k, n0 + 64 * W, 0, kv_head, k_buf.index(W))
-    bridge.tma_store_wait(0)
+    if sums is None:
+        send_keys(
+            dk * terms[0], dv, (dk_desc, dv_desc), (k_buf.index(W), v_buf.index(W)), at_k, n0 + 64 * W, 0, kv_head
+        )
+    else:
+        if place[2] == 0:  # this is for the GPU, the other for the compiler
+            send_keys(
+                dk * terms[0], dv, (dk_desc, dv_desc), (k_buf.index(W), v_buf.index(W)), at_k, n0 + 64 * W, 0, kv_head
+            )
+        else:
+            store_sums(dk, dv, terms[0], sums, place, kv_head, 64 * W, 0, BLOCK_N, D)
     mbarrier.arrive(kv_empty.index(0))
     return count
 
@@ -304,31 +310,26 @@ def consume_tiles(
 @gluon.jit(do_not_specialize=LENGTHS)
 def attention_backward(
     q_desc, k_desc, v_desc, dout_desc, stats_desc, dq_desc, dk_desc, dv_desc,
-    turns, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists, rows, ranked, band, terms,
+    turns, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists, rows, ranked, pieces, band, terms,
     num_tiles, num_pairs, pairs_of_group, num_groups, num_kv_heads, seqlen_q, seqlen_k, num_blocks, group_size,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr, MASKED: gl.constexpr,
+    num_slots, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, AHEAD: gl.constexpr, MASKED: gl.constexpr,
     ORDER: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of tiles of BLOCK_N keys of one K/V head, and what they add to dq of the heads of its group.
 
     stats_desc: (heads * blocks, 2 * BLOCK_M) lse in units of log2, +inf where a row sees nothing, and delta.
     dq_desc: float32 (heads * blocks * BLOCK_M * D / 64, 64), in the order of `fragments`; num_blocks a head.
-    ranked: int32 (num_tiles,), the order in which tiles are taken, or None for ascending ones.
+    ranked: int32 (num_tiles,), the order in which tiles are taken, or None for ascending ones. pieces: None, or float32
+    (pairs, num_slots, BLOCK_N, D) for dk and for dv of long columns of tiles; num_tiles items are ranked then.
     turns: int32 (heads * blocks), counter: int32 (1,), both 0. Persistent: one program for each multiprocessor.
     """
     order = (num_tiles, num_pairs, pairs_of_group, num_groups, num_kv_heads)
-    problem = (
-        cu_seqlens_q,
-        cu_seqlens_k,
-        key_range,
-        lists,
-        band,
-        order,
-        (seqlen_q, seqlen_k),
-        num_blocks,
-        rows,
-        ranked,
-    )
+    lengths = (seqlen_q, seqlen_k)
+    problem = (cu_seqlens_q, cu_seqlens_k, key_range, lists, band, order, lengths, num_blocks, rows, ranked, pieces)
+    if pieces is None:
+        outs = (dk_desc, dv_desc, pieces)
+    else:
+        outs = (dk_desc, dv_desc, (pieces[0], pieces[1], num_slots, num_kv_heads))  # type: ignore[assignment]
     WIDE: gl.constexpr = BLOCK_N == 64
     q_buf, dout_buf, k_buf, v_buf = ring(q_desc, AHEAD + 1), ring(dout_desc, AHEAD), ring(k_desc, 2), ring(v_desc, 2)
     stats_buf, dq_buf = ring(stats_desc, AHEAD + 1), ring(dq_desc, 2)
@@ -337,7 +338,7 @@ def attention_backward(
     barriers = (make_barriers(1, 1), make_barriers(1, 2), make_barriers(AHEAD + 1, 1), make_barriers(AHEAD, 1))
     slots = make_slots()
     fence_async_shared()
-    job = ((q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf), barriers, (dk_desc, dv_desc), terms)
+    job = ((q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf), barriers, outs, terms)
     loads = (q_desc, k_desc, v_desc, dout_desc, stats_desc)
     fills = (q_buf, k_buf, v_buf, dout_buf, stats_buf)
     HIDDEN: gl.constexpr = (key_range is not None) | (lists is not None)

@@ -15,14 +15,16 @@ from hasten.ops.call import Call, Gradients
 from hasten.ops.hopper.backward import attention_backward
 from hasten.ops.hopper.backward_rows import backward_after, backward_before
 from hasten.ops.hopper.envelope import untouchable
+from hasten.ops.hopper.sums import add_pieces
 from hasten.ops.launching import TENSOR, Described, Launch
-from hasten.ops.tiles import as_band, tile_lists
+from hasten.ops.tiles import Pieces, as_band, tile_lists
 
 __all__ = ["backward"]
 
 # of the 50 MB: what the (sequence, head) pairs of a group may hold of Q, dO and float32 dQ
 _L2_BYTES = 32 * 2**20
 _TURNS_OF_LAST_GROUP = 4
+_ADDED_ROWS = 16  # of a program that adds up pieces
 _MOST_PLANS = 256
 
 
@@ -189,8 +191,11 @@ def plan_before(sizes: Sizes) -> Launch:
 
 
 @lru_cache(maxsize=_MOST_PLANS)
-def plan_main(sizes: Sizes, num_programs: int) -> Launch:
-    """Launch of q, k, v, dout, stats, dq_sum, dk, dv, turns, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists."""
+def plan_main(sizes: Sizes, num_programs: int, pieces: tuple[int, int] | None = None) -> Launch:
+    """Launch of q, k, v, dout, stats, dq_sum, dk, dv, turns, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists.
+
+    pieces: (items of a pair, slots) where long columns of tiles are cut; dk and dv of the slots follow the lists.
+    """
     tile, columns, (num_tiles_q, num_tiles_k) = sizes.tile, sizes.columns, sizes.num_tiles
     rows = Described(partial(describe_rows, rows=tile.block_m, columns=columns))
     part = columns if tile.block_n == 128 else columns // 2  # of K and V: what is loaded at a time
@@ -203,11 +208,13 @@ def plan_main(sizes: Sizes, num_programs: int) -> Launch:
         by_row = ((TENSOR,) * 2) + sizes.list_strides(num_tiles_q)
         ranked = None if sizes.deterministic else TENSOR  # a deterministic call relies on tiles that ascend
     num_pairs = sizes.num_kv_heads * sizes.batch
+    num_items, num_slots = pieces or (num_tiles_k, 0)
     arguments = (
         rows, keys, keys, rows, stats, sums, keys, keys, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR,
-        by_column, by_row, ranked, sizes.band or (None, None), (sizes.softmax_scale, sizes.softcap),
-        num_tiles_k, num_pairs, *sizes.groups(num_programs), sizes.num_kv_heads, sizes.max_seqlen_q,
-        sizes.max_seqlen_k, sizes.num_blocks, sizes.num_heads // sizes.num_kv_heads,
+        by_column, by_row, ranked, (TENSOR,) * 2 if pieces else None,
+        sizes.band or (None, None), (sizes.softmax_scale, sizes.softcap), num_items, num_pairs,
+        *sizes.groups(num_programs), sizes.num_kv_heads, sizes.max_seqlen_q,
+        sizes.max_seqlen_k, sizes.num_blocks, sizes.num_heads // sizes.num_kv_heads, num_slots,
     )  # fmt: skip
     options = {
         "BLOCK_M": tile.block_m,
@@ -218,7 +225,7 @@ def plan_main(sizes: Sizes, num_programs: int) -> Launch:
         "ORDERED": sizes.deterministic,
         "num_warps": 4,
     }
-    return Launch(attention_backward, (min(num_tiles_k * num_pairs, num_programs),), arguments, options)
+    return Launch(attention_backward, (min(num_items * num_pairs, num_programs),), arguments, options)
 
 
 @lru_cache(maxsize=_MOST_PLANS)
@@ -232,6 +239,16 @@ def plan_after(sizes: Sizes, dq_strides: tuple[int, int, int]) -> Launch:
     return Launch(backward_after, grid, ((TENSOR,) * 4 + (dq_strides, *numbers)), options)
 
 
+@lru_cache(maxsize=_MOST_PLANS)
+def plan_add(sizes: Sizes, num_cut: int, num_slots: int) -> Launch:
+    """Launch of cut, dk and dv of the pieces, dk, dv."""
+    options = {"HEAD_DIM": sizes.head_dim, "HEAD_DIM_V": sizes.head_dim_v, "BLOCK_D": sizes.columns}
+    options |= {"BLOCK_N": sizes.tile.block_n, "ROWS": _ADDED_ROWS, "num_warps": 4}
+    grid = (num_cut * sizes.tile.block_n // _ADDED_ROWS, sizes.batch * sizes.num_kv_heads)
+    arguments = (*(TENSOR,) * 5, sizes.num_kv_heads, sizes.max_seqlen_k, num_slots)
+    return Launch(add_pieces, grid, arguments, options)
+
+
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> Gradients:
@@ -240,26 +257,42 @@ def backward(
     sizes = Sizes.of(q, k, v, (dout, out, lse, dlse), call)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     space = Workspace.make(sizes, q.device, is_read=call.sinks is not None)
-    lists, key_range = _visits(sizes, call, q.device)
+    num_programs = num_multiprocessors(q.device)
+    lists, key_range, pieces = _visits(sizes, call, q.device, num_programs)
+    parts: tuple[Tensor, ...] = ()
+    if pieces is not None:
+        shape = (sizes.batch * sizes.num_kv_heads, pieces.num_slots, sizes.tile.block_n, sizes.columns)
+        parts = tuple(torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
     plan_before(sizes)(out, dout, lse, dlse, space.stats, space.turns, space.counter, call.cu_seqlens_q)
-    plan_main(sizes, num_multiprocessors(q.device))(
+    plan_main(sizes, num_programs, None if pieces is None else (len(pieces.items), pieces.num_slots))(
         q, k, v, dout, space.stats, space.dq_sum, dk, dv, space.turns, space.counter,
-        call.cu_seqlens_q, call.cu_seqlens_k, key_range, *lists,
+        call.cu_seqlens_q, call.cu_seqlens_k, key_range, *lists, *parts,
     )  # fmt: skip
+    if pieces is not None:
+        plan_add(sizes, len(pieces.cut), pieces.num_slots)(pieces.cut, *parts, dk, dv)
     plan_after(sizes, _strides(dq))(space.dq_sum, space.turns, dq, call.cu_seqlens_q)
     return Gradients(dq, dk, dv, _dsinks(space, sizes, call))
 
 
-def _visits(sizes: Sizes, call: Call, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """(lists along columns of tiles and along rows and the order, real keys of each sequence), as the mask has them."""
+def _visits(
+    sizes: Sizes, call: Call, device: torch.device, num_programs: int
+) -> tuple[tuple[Tensor, ...], Tensor | None, Pieces | None]:
+    """(lists along columns of tiles and along rows and the order, real keys of each sequence, long columns in pieces).
+
+    As far as the mask has them. A deterministic call relies on tiles that ascend, so it has no order and no pieces.
+    """
     band = as_band(call.mask)
     if band is not None:
-        return (), None if band.padding is None else band.padding.key_range(call.max_seqlen_k, device)
+        return (), None if band.padding is None else band.padding.key_range(call.max_seqlen_k, device), None
     lengths = (call.max_seqlen_q, call.max_seqlen_k, sizes.tile.block_m, sizes.tile.block_n)
     lists = tile_lists(call.mask, sizes.batch, sizes.num_heads, *lengths, device)
     columns = (lists.col_ptr, lists.col_index, lists.col_bits, lists.bits, lists.col_keys_seen)
     both = (*columns, lists.row_ptr, lists.row_index)
-    return both if sizes.deterministic else (*both, lists.col_order), None
+    if sizes.deterministic:
+        return both, None, None
+    group_size = sizes.num_heads // sizes.num_kv_heads
+    pieces = lists.col_pieces(sizes.batch * sizes.num_heads, group_size, num_programs)
+    return (*both, lists.col_order if pieces is None else pieces.items), None, pieces
 
 
 def describe_rows(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -16,19 +16,24 @@ from hasten.ops.hopper.visits import key_bounds, sequence
 
 @gluon.jit
 def find(item, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """(rows of q, rows of k, (sequence, tile), K/V head, real keys, (first block of rows, blocks a head)) of an item.
+    """(rows of q, rows of k, (sequence, tile, share of it), K/V head, real keys, (first block of rows, blocks a head)).
 
     problem: (cu_seqlens_q, cu_seqlens_k, key range, lists, band, (tiles, pairs, pairs of a group, groups, K/V heads),
-    (seqlen_q, seqlen_k), blocks of rows a head, lists along rows, tiles as ranked). Rows: (batch, first row, length).
+    (seqlen_q, seqlen_k), blocks of rows a head, lists along rows, tiles as ranked, pieces). Rows: (batch, first row,
+    length). share: see `tiles.Pieces`; `ranked` holds items then, and `tiles` counts them.
     """
-    cu_seqlens_q, cu_seqlens_k, key_range, _lists, _band, order, lengths, num_blocks, _rows, ranked = problem
+    cu_seqlens_q, cu_seqlens_k, key_range, _lists, _band, order, lengths, num_blocks, _rows, ranked, pieces = problem
     num_tiles, num_pairs, pairs_of_group, num_groups, num_kv_heads = order
     group = gl.minimum(item // (pairs_of_group * num_tiles), num_groups)
     first_pair = group * pairs_of_group
     pairs = gl.maximum(gl.where(group < num_groups, pairs_of_group, num_pairs - first_pair), 1)
     inside = item - first_pair * num_tiles
     tile, pair = inside // pairs, first_pair + inside % pairs
-    if ranked is not None:
+    share = 0
+    if pieces is not None:
+        own = ranked + 2 * tile
+        tile, share = gl.load(own), gl.load(own + 1)
+    elif ranked is not None:
         tile = gl.load(ranked + tile)
     number, kv_head = pair // num_kv_heads, pair % num_kv_heads
     at_q = sequence(cu_seqlens_q, number, lengths[0])
@@ -36,7 +41,8 @@ def find(item, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     first_block = number * gl.cdiv(lengths[0], BLOCK_M)
     if cu_seqlens_q is not None:
         first_block = at_q[1] // BLOCK_M + number
-    return at_q, at_k, (number, tile), kv_head, key_bounds(key_range, number, at_k[2]), (first_block, num_blocks)
+    place, bounds = (number, tile, share), key_bounds(key_range, number, at_k[2])
+    return at_q, at_k, place, kv_head, bounds, (first_block, num_blocks)
 
 
 @gluon.jit

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from hasten.ops.hopper import bridge
 from hasten.ops.hopper.cells import LOG2E, accumulator, hide_values, keys_word, tanh
+from hasten.ops.hopper.pieces import share_of
 from hasten.ops.hopper.visits import partial_entry, query_visits, visited
 
 WARPGROUP = gl.constexpr(128)
@@ -66,6 +67,17 @@ def store_rows(descriptor, at, row, column, head, buffer):
 
 
 @gluon.jit
+def send_keys(dk, dv, descriptors, buffers, at, row, column, head):
+    """dk and dv (64, columns) to their tensors by TMA, by way of the memory that held those of K and V."""
+    buffers[1].reshape(dv.shape).store(dv.to(buffers[1].dtype))
+    buffers[0].reshape(dk.shape).store(dk.to(buffers[0].dtype))
+    fence_async_shared()
+    store_rows(descriptors[1], at, row, column, head, buffers[1])
+    store_rows(descriptors[0], at, row, column, head, buffers[0])
+    bridge.tma_store_wait(0)
+
+
+@gluon.jit
 def load_keys(descriptors, buffers, barriers, at, row, head, tiles, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """K and V of the next tile, once the consumers are done with their memory; two parts (ROWS, COLUMNS) apart."""
     k_desc, v_desc = descriptors
@@ -82,7 +94,7 @@ def load_keys(descriptors, buffers, barriers, at, row, head, tiles, ROWS: gl.con
 def visits_of(walk, head, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """`query_visits` of one query head for a tile of keys.
 
-    walk: (lists, (sequence, tile of keys), K/V head, band, bounds of the real keys, (length_q, length_k)).
+    walk: (lists, (sequence, tile of keys, share of it), K/V head, band, bounds of the real keys, (length_q, length_k)).
     """
     lists, place, _kv_head, band, bounds, lengths = walk
     length_q, length_k = lengths
@@ -91,7 +103,10 @@ def visits_of(walk, head, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
         column = place[0] * lists[5] + head * lists[6] + place[1]
     n1 = gl.minimum(n0 + BLOCK_N, length_k)
     shift = length_k - length_q
-    return query_visits(lists, column, n0, n1, shift, band[0], band[1], bounds[0], bounds[1], length_q, BLOCK_M)
+    visits = query_visits(lists, column, n0, n1, shift, band[0], band[1], bounds[0], bounds[1], length_q, BLOCK_M)
+    if lists is not None:
+        visits = share_of(visits, place[2])
+    return visits
 
 
 @gluon.jit

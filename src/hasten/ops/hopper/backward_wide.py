@@ -32,11 +32,12 @@ from hasten.ops.hopper.backward_tiles import (
     load_keys,
     load_rows,
     probabilities,
-    store_rows,
+    send_keys,
     take,
     visits_of,
 )
 from hasten.ops.hopper.cells import accumulator
+from hasten.ops.hopper.pieces import store_sums
 
 
 @gluon.jit
@@ -104,7 +105,7 @@ def consume_wide(
     buffers, barriers, out_descs, terms = job
     q_buf, k_buf, v_buf, dout_buf, stats_buf, ds_buf, dq_buf = buffers
     kv_full, kv_empty, q_full, dout_full = barriers
-    dk_desc, dv_desc = out_descs
+    dk_desc, dv_desc, sums = out_descs
     HALF: gl.constexpr = k_buf.shape[-1]
     PIECE: gl.constexpr = dq_buf.shape[-2]
     s_mma: gl.constexpr = accumulator(BLOCK_M)
@@ -186,11 +187,14 @@ def consume_wide(
             bridge.barrier_arrive(Q_READ + slot, 2 * WARPGROUP + WARP)
             count += 1
     bridge.barrier_sync(BOTH, 2 * WARPGROUP)
-    v_buf.index(W).reshape([BLOCK_N, HALF]).store(dv.to(dtype))
-    k_buf.index(W).reshape([BLOCK_N, HALF]).store((dk * terms[0]).to(dtype))
-    fence_async_shared()
-    store_rows(dv_desc, at_k, n0, W * HALF, kv_head, v_buf.index(W))
-    store_rows(dk_desc, at_k, n0, W * HALF, kv_head, k_buf.index(W))
-    bridge.tma_store_wait(0)
+    if sums is None:
+        send_keys(dk * terms[0], dv, (dk_desc, dv_desc), (k_buf.index(W), v_buf.index(W)), at_k, n0, W * HALF, kv_head)
+    else:
+        if place[2] == 0:  # this is for the GPU, the other for the compiler
+            send_keys(
+                dk * terms[0], dv, (dk_desc, dv_desc), (k_buf.index(W), v_buf.index(W)), at_k, n0, W * HALF, kv_head
+            )
+        else:
+            store_sums(dk, dv, terms[0], sums, place, kv_head, 0, W * HALF, BLOCK_N, 2 * HALF)
     mbarrier.arrive(kv_empty.index(0))
     return count

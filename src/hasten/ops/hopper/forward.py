@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hasten.ops.hopper.bridge import FIRST_BARRIER, barrier_arrive, tma_store, tma_store_wait
+from hasten.ops.hopper.bridge import FIRST_BARRIER, barrier_arrive, tma_store_wait
 from hasten.ops.hopper.cells import (
     LOG2E,
     accumulator,
@@ -37,6 +37,7 @@ from hasten.ops.hopper.cells import (
     softmax_step,
     unpack,
 )
+from hasten.ops.hopper.finish import finish
 from hasten.ops.hopper.producer import produce
 from hasten.ops.hopper.schedule import item_visits
 from hasten.ops.hopper.visits import partial_entry
@@ -44,13 +45,13 @@ from hasten.ops.hopper.visits import partial_entry
 # sizes for which a kernel compiled for "1" or "a multiple of 16" gains nothing and costs seconds
 LENGTHS = (
     "left", "right", "list_batch_stride", "list_head_stride", "num_tiles", "num_heads", "batch", "seqlen_q", "seqlen_k",
-    "total_q", "heads_per_group", "num_groups", "group_size", "head_dim_v",
+    "total_q", "heads_per_group", "num_groups", "group_size", "head_dim_v", "num_slots",
 )  # fmt: skip
 
 
 @gluon.jit
 def _read_item(shared, turn, options: gl.constexpr):
-    """(sequence, head, tile) that the producer handed over, with Q in its stage."""
+    """(sequence, head, tile, share of it) that the producer handed over, with Q in its stage."""
     _q, _k, _v, slots, q_full, _q_empty, _k_full, _v_full = shared
     Q_STAGES: gl.constexpr = options[4]
     stage = turn % Q_STAGES
@@ -58,7 +59,10 @@ def _read_item(shared, turn, options: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     number = gl.max(slots.index(3 * stage).load(layout), 0)
     head = gl.max(slots.index(3 * stage + 1).load(layout), 0)
-    return number, head, gl.max(slots.index(3 * stage + 2).load(layout), 0)
+    tile, share = gl.max(slots.index(3 * stage + 2).load(layout), 0), 0
+    if slots.shape[0] > 3 * Q_STAGES:
+        share = gl.max(slots.index(3 * Q_STAGES + stage).load(layout), 0)
+    return number, head, tile, share
 
 
 @gluon.jit
@@ -204,60 +208,6 @@ def _next_visit(
 
 
 @gluon.jit
-def _store(acc, row_max, row_sum, staged, out, terms, place, head, first, options: gl.constexpr):
-    """out and lse of 64 rows from `first` on: through `staged` by TMA, which stops at the end of a tensor,
-    or by pointers where a packed sequence ends and the rows of its neighbour follow."""
-    out_desc, cu_seqlens_q, out_ptr, lse_ptr, num_heads, total_q, head_dim_v = out
-    BLOCK_D: gl.constexpr = options[1]
-    batch, row, _, length_q = place
-    row_sum = gl.convert_layout(gl.sum(row_sum, 1), row_max.type.layout)
-    o_layout: gl.constexpr = accumulator(options[1])
-    empty = row_sum == 0.0
-    row_sum = gl.where(empty, 1.0, row_sum)
-    top = row_max * (score_unit(terms[0], terms[1]) / LOG2E)
-    value = gl.where(empty, -float("inf"), top + gl.log2(row_sum) / LOG2E)
-    rows = first + gl.arange(0, 64, gl.SliceLayout(1, value.type.layout.parent))
-    at = gl.cast(batch * num_heads + head, gl.int64) * total_q + row
-    gl.store(lse_ptr + at + rows, value, mask=rows < length_q)
-    acc = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, o_layout))[:, None]
-    if cu_seqlens_q is None:
-        _store_tile(acc, out_desc, staged, batch, head, first)
-    elif first + 64 <= length_q:
-        _store_tile(acc, out_desc, staged, batch, head, row + first)
-    else:
-        own_rows = first + gl.arange(0, 64, gl.SliceLayout(1, o_layout))
-        dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
-        begins = (row + own_rows).to(gl.int64) * (num_heads * head_dim_v) + head * head_dim_v
-        offsets = begins[:, None] + dims[None, :]
-        inside = (own_rows[:, None] < length_q) & (dims[None, :] < head_dim_v)
-        gl.store(out_ptr + offsets, acc.to(staged.dtype), mask=inside)
-
-
-@gluon.jit
-def _store_tile(acc, out_desc, staged, batch, head, row):
-    """Issue the TMA store of 64 rows, one half of their columns after the other where shared memory holds no more."""
-    COLUMNS: gl.constexpr = staged.shape[1]
-    if acc.shape[1] == COLUMNS:
-        _send(acc, out_desc, staged, [batch, head, row, 0])
-    else:
-        left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, COLUMNS]), (0, 2, 1)))
-        _send(left, out_desc, staged, [batch, head, row, 0])
-        _send(right, out_desc, staged, [batch, head, row, COLUMNS])
-
-
-@gluon.jit
-def _send(values, out_desc, staged, at):
-    """Write values to shared memory once TMA has read what is there, and have TMA store them."""
-    values = gl.convert_layout(values.to(staged.dtype), accumulator(staged.shape[1]), assert_trivial=True)
-    tma_store_wait(0)
-    gl.thread_barrier()
-    staged.store(values)
-    fence_async_shared()
-    gl.thread_barrier()
-    tma_store(out_desc, at, staged)
-
-
-@gluon.jit
 def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options: gl.constexpr):
     """Compute 64 rows of every item that the producer hands over."""
     q_smem, _k, v_smem, _slots, _q_full, q_empty, _k_full, v_full = shared
@@ -272,10 +222,13 @@ def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options:
     for stage in gl.static_range(2 * STAGES):  # all stages of K and V are free
         barrier_arrive(FIRST_BARRIER + stage, THREADS)
     turn, fill = 0, 0
-    number, head, tile = _read_item(shared, turn, options)
+    number, head, tile, share = _read_item(shared, turn, options)
     while number >= 0:
-        visits, bounds, place = item_visits(where, number, head, tile, 64 * CONSUMERS, BLOCK_N)
+        visits, bounds, place = item_visits(where, number, head, tile, share, 64 * CONSUMERS, BLOCK_N)
         m0, num_full, num_partial = tile * CONSUMERS * 64, visits[1], visits[5]
+        goal = tile
+        if where[8] is not None:  # where the result belongs, in one number: a tile, or -1 - slot of a piece
+            goal = gl.where(share == 0, tile, -1 - (share >> 12))
         q = q_smem.index((turn % Q_STAGES) * CONSUMERS + CONSUMER)
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         row_sum = gl.zeros([64, 4], gl.float32, quarters())
@@ -284,6 +237,9 @@ def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options:
             sink = gl.load(terms[2] + head) * LOG2E / score_unit(terms[0], terms[1])
             row_max = gl.zeros_like(row_max) + sink
             row_sum += 0.25
+            if where[8] is not None:  # of the first piece alone
+                is_first = (share & (63 << 6)) == 0
+                row_max, row_sum = gl.where(is_first, row_max, -float("inf")), gl.where(is_first, row_sum, 0.0)
         if num_full + num_partial > 0:
             entry = gl.where(num_partial > 0, partial_entry(visits, 0), visits[0])
             bits, next_bits = map_of(where[3], visits, 0), map_of(where[3], visits, 1)
@@ -315,19 +271,21 @@ def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options:
             barrier_arrive(FIRST_BARRIER + STAGES + last, THREADS)
         else:
             mbarrier.arrive(q_empty.index(turn % Q_STAGES))
-        first = m0 + 64 * CONSUMER
-        _store(acc, row_max, row_sum, staged.index(CONSUMER), out, terms, place, head, first, options)
+        finish(
+            acc, row_max, row_sum, staged.index(CONSUMER), out, terms, place, head, goal, where[8], where[9],
+            CONSUMER, options,
+        )  # fmt: skip
         turn += 1
-        number, head, tile = _read_item(shared, turn, options)
+        number, head, tile, share = _read_item(shared, turn, options)
     tma_store_wait(0)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def attention_forward(
     q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, sinks, counter,
-    cu_seqlens_q, cu_seqlens_k, key_range, lists, scale, softcap, left, right, list_batch_stride, list_head_stride,
-    num_tiles, num_heads, batch, seqlen_q, seqlen_k, total_q, heads_per_group, num_groups, group_size,
-    head_dim_v,
+    cu_seqlens_q, cu_seqlens_k, key_range, lists, pieces, scale, softcap, left, right, list_batch_stride,
+    list_head_stride, num_tiles, num_heads, batch, seqlen_q, seqlen_k, total_q, heads_per_group, num_groups,
+    group_size, head_dim_v, num_slots,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -340,7 +298,8 @@ def attention_forward(
     staged = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, out_desc.block_shape[3]], out_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], v_desc.layout)
-    slots = gl.allocate_shared_memory(gl.int32, [3 * Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    SLOTS: gl.constexpr = 3 if pieces is None else 4  # numbers of an item
+    slots = gl.allocate_shared_memory(gl.int32, [SLOTS * Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -354,7 +313,10 @@ def attention_forward(
     fence_async_shared()
     shared = (q_smem, k_smem, v_smem, slots, q_full, q_empty, k_full, v_full)
     list_strides = (list_batch_stride, list_head_stride)
-    where = (cu_seqlens_q, cu_seqlens_k, key_range, lists, (left, right), seqlen_q, seqlen_k, list_strides)
+    where = (
+        cu_seqlens_q, cu_seqlens_k, key_range, lists, (left, right), seqlen_q, seqlen_k, list_strides,
+        pieces, num_slots,
+    )  # fmt: skip
     options: gl.constexpr = (BLOCK_N, BLOCK_D, CONSUMERS, STAGES, Q_STAGES)
     producer = (
         (q_desc, k_desc, v_desc),

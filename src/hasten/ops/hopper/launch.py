@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hasten.ops.call import Call
 from hasten.ops.hopper.forward import attention_forward
+from hasten.ops.hopper.sums import merge_pieces
 from hasten.ops.hopper.table import Tile, forward_tile
 from hasten.ops.launching import TENSOR, Described, Launch
 from hasten.ops.tiles import as_band, tile_lists
@@ -20,6 +21,7 @@ from hasten.ops.tiles import as_band, tile_lists
 _L2_BYTES = 32 * 2**20
 _TURNS_OF_LAST_GROUP = 4
 _STAGED_COLUMNS = 128  # of out, on its way through shared memory: what there is room for
+_MERGED_ROWS = 16  # of a program that merges pieces
 _MOST_PLANS = 256
 
 
@@ -141,19 +143,23 @@ def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 @lru_cache(maxsize=_MOST_PLANS)
-def plan(sizes: Sizes, line: Tile, num_programs: int) -> Launch:
-    """Launch of q, k, v, out, out if packed, lse, sinks, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists."""
+def plan(sizes: Sizes, line: Tile, num_programs: int, pieces: tuple[int, int] | None = None) -> Launch:
+    """Launch of q, k, v, out, out if packed, lse, sinks, counter, cu_seqlens_q, cu_seqlens_k, key_range, lists, pieces.
+
+    pieces: (items of a head, slots) where long rows of tiles are cut.
+    """
     columns = sizes.columns
     rows, keys = (Described(partial(describe, rows=size, columns=columns)) for size in (64, line.block_n))
     outs = Described(partial(describe, rows=64, columns=min(columns, _STAGED_COLUMNS)))
     lists = None if sizes.band is not None else (TENSOR,) * 6
+    num_tiles, num_slots = pieces or (-(-sizes.max_seqlen_q // line.block_m), 0)
     arguments = (
         rows, keys, keys, outs, TENSOR, TENSOR, TENSOR, TENSOR,
-        TENSOR, TENSOR, TENSOR, lists, sizes.softmax_scale, sizes.softcap,
+        TENSOR, TENSOR, TENSOR, lists, (TENSOR,) * 2 if pieces else None, sizes.softmax_scale, sizes.softcap,
         *(sizes.band or (None, None)), *sizes.list_strides(line),
-        -(-sizes.max_seqlen_q // line.block_m), sizes.num_heads, sizes.batch, sizes.max_seqlen_q, sizes.max_seqlen_k,
+        num_tiles, sizes.num_heads, sizes.batch, sizes.max_seqlen_q, sizes.max_seqlen_k,
         sizes.total_q, *sizes.groups(line, num_programs), sizes.num_heads // sizes.num_kv_heads,
-        sizes.head_dim_v,
+        sizes.head_dim_v, num_slots,
     )  # fmt: skip
     options = {
         "BLOCK_D": columns,
@@ -165,8 +171,17 @@ def plan(sizes: Sizes, line: Tile, num_programs: int) -> Launch:
         "PRODUCER_REGISTERS": line.producer_registers,
         "num_warps": 4,
     }
-    num_programs = max(1, min(sizes.num_items(line), num_programs))
-    return Launch(attention_forward, (num_programs,), arguments, options)
+    num_items = sizes.num_heads * sizes.batch * num_tiles if pieces else sizes.num_items(line)
+    return Launch(attention_forward, (max(1, min(num_items, num_programs)),), arguments, options)
+
+
+@lru_cache(maxsize=_MOST_PLANS)
+def plan_merge(sizes: Sizes, line: Tile, num_cut: int, num_slots: int) -> Launch:
+    """Launch of cut, what the pieces leave, out, lse."""
+    options = {"HEAD_DIM_V": sizes.head_dim_v, "BLOCK_D": sizes.columns, "BLOCK_M": line.block_m, "ROWS": _MERGED_ROWS}
+    grid = (num_cut * line.block_m // _MERGED_ROWS, sizes.batch * sizes.num_heads)
+    arguments = (*(TENSOR,) * 4, sizes.num_heads, sizes.max_seqlen_q, num_slots)
+    return Launch(merge_pieces, grid, arguments, {**options, "num_warps": 4})
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -177,20 +192,26 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     out = q.new_empty((*q.shape[:-1], sizes.head_dim_v))
     shape = (sizes.num_heads, sizes.total_q) if sizes.is_packed else (sizes.batch, sizes.num_heads, sizes.total_q)
     lse = torch.empty(shape, dtype=torch.float32, device=device)
-    launch = plan(sizes, line, num_multiprocessors(device))
-    lists: tuple[Tensor, ...] = ()
-    key_range = None
-    if sizes.band is None:
-        lengths = (call.max_seqlen_q, call.max_seqlen_k, line.block_m, line.block_n)
-        found = tile_lists(call.mask, sizes.batch, sizes.num_heads, *lengths, device)
-        lists = (found.row_ptr, found.row_index, found.row_bits, found.bits, found.keys_seen, found.row_order)
-    else:
-        band = as_band(call.mask)
-        if band is not None and band.padding is not None:
-            key_range = band.padding.key_range(call.max_seqlen_k, device)
     counter = torch.zeros(1, dtype=torch.int32, device=device)
-    launch(
-        q, k, v, out, out if sizes.is_packed else None, lse, call.sinks, counter,
-        call.cu_seqlens_q, call.cu_seqlens_k, key_range, *lists,
+    tensors = (
+        q, k, v, out, out if sizes.is_packed else None, lse, call.sinks, counter, call.cu_seqlens_q, call.cu_seqlens_k,
     )  # fmt: skip
+    band, num_programs = as_band(call.mask), num_multiprocessors(device)
+    if band is not None:
+        key_range = None if band.padding is None else band.padding.key_range(call.max_seqlen_k, device)
+        plan(sizes, line, num_programs)(*tensors, key_range)
+        return out, lse
+    lengths = (call.max_seqlen_q, call.max_seqlen_k, line.block_m, line.block_n)
+    found = tile_lists(call.mask, sizes.batch, sizes.num_heads, *lengths, device)
+    lists = (found.row_ptr, found.row_index, found.row_bits, found.bits, found.keys_seen, found.row_order)
+    pairs = sizes.batch * sizes.num_heads
+    pieces = found.row_pieces(pairs, num_programs)
+    if pieces is None:
+        plan(sizes, line, num_programs)(*tensors, None, *lists)
+        return out, lse
+    left = (pairs, pieces.num_slots, line.block_m * (sizes.columns + 1))
+    parts = torch.empty(left, dtype=torch.float32, device=device)
+    launch = plan(sizes, line, num_programs, (len(pieces.items), pieces.num_slots))
+    launch(*tensors, None, *lists, pieces.items, parts)
+    plan_merge(sizes, line, len(pieces.cut), pieces.num_slots)(pieces.cut, parts, out, lse)
     return out, lse

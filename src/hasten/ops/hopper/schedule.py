@@ -10,6 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from hasten.ops.hopper.pieces import share_of
 from hasten.ops.hopper.visits import key_bounds, key_visits, sequence
 
 # sequences that one warp counts at a time
@@ -44,12 +45,18 @@ def dense_place(item, num_tiles, num_heads, batch, heads_per_group, num_groups):
 
 
 @gluon.jit
-def ranked_tile(lists, rank, num_tiles):
-    """The tile of rows of a rank: lists have their order, longest first; under a causal mask the last is longest."""
-    if lists is None:
-        return num_tiles - 1 - rank
-    else:
-        return gl.load(lists[5] + gl.minimum(rank, num_tiles - 1))
+def ranked_tile(lists, pieces, rank, num_tiles):
+    """(tile of rows, share) of a rank: lists have their order, longest first; under a causal mask the last is longest.
+
+    share: see `tiles.Pieces`, 0 for all of a tile. `num_tiles` counts pieces, if there are any.
+    """
+    tile, share = num_tiles - 1 - rank, 0
+    if pieces is not None:
+        own = pieces[0] + 2 * gl.minimum(rank, num_tiles - 1)
+        tile, share = gl.load(own), gl.load(own + 1)
+    elif lists is not None:
+        tile = gl.load(lists[5] + gl.minimum(rank, num_tiles - 1))
+    return tile, share
 
 
 @gluon.jit
@@ -84,9 +91,9 @@ def packed_place(item, cu_seqlens, base, before, num_heads, batch, BLOCK_M: gl.c
 
 
 @gluon.jit
-def item_visits(where, number, head, tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+def item_visits(where, number, head, tile, share, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """What an item sees: (visits, (shift, first_key, end_key), (first row, length of q), (first key, batch of k))."""
-    cu_seqlens_q, cu_seqlens_k, key_range, lists, band, seqlen_q, seqlen_k, list_strides = where
+    cu_seqlens_q, cu_seqlens_k, key_range, lists, band, seqlen_q, seqlen_k, list_strides, pieces, _ = where
     batch, row, length_q = sequence(cu_seqlens_q, number, seqlen_q)
     _, key, length_k = sequence(cu_seqlens_k, number, seqlen_k)
     first_key, end_key = key_bounds(key_range, number, length_k)
@@ -96,4 +103,6 @@ def item_visits(where, number, head, tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.co
         row_of_tiles = number * list_strides[0] + head * list_strides[1] + tile
     m1 = gl.minimum(m0 + BLOCK_M, length_q)
     visits = key_visits(lists, row_of_tiles, m0, m1, shift, band[0], band[1], first_key, end_key, BLOCK_N)
+    if pieces is not None:
+        visits = share_of(visits, share)
     return visits, (shift, first_key, end_key), (batch, row, key, length_q)

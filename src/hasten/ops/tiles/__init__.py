@@ -6,5 +6,6 @@ implementation; knows no q, k or v.
 
 from hasten.ops.tiles.band import Band, KeyRange, as_band, band_tiles
 from hasten.ops.tiles.lists import TileLists, build_tile_lists, tile_lists
+from hasten.ops.tiles.pieces import Pieces
 
-__all__ = ["Band", "KeyRange", "TileLists", "as_band", "band_tiles", "build_tile_lists", "tile_lists"]
+__all__ = ["Band", "KeyRange", "Pieces", "TileLists", "as_band", "band_tiles", "build_tile_lists", "tile_lists"]

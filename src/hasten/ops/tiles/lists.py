@@ -16,6 +16,7 @@ from hasten.errors import ArgumentError
 from hasten.masks import Mask
 from hasten.ops.tiles.bits import WORD, Chosen, tile_bits
 from hasten.ops.tiles.classify import Grid, classify
+from hasten.ops.tiles.pieces import Pieces, cut_lines
 
 _WORDS_AT_ONCE = 1 << 18  # of partial tiles under evaluation: 8 million cells
 _CACHED_LISTS = 64
@@ -78,6 +79,31 @@ class TileLists:
     def col_order(self) -> Tensor:
         """int32 (num_cols,): the columns of tiles, ordered like the rows."""
         return _longest_first(self.col_ptr.view(self.batch * self.heads, self.num_cols, 3))
+
+    def row_pieces(self, num_heads: int, num_processors: int) -> Pieces | None:
+        """The rows of tiles with the long ones cut, for a launch over `num_heads` heads of all sequences, or None."""
+        return self._cut(self.row_ptr, self.num_rows, (num_heads, 1, num_processors))
+
+    def col_pieces(self, num_heads: int, group_size: int, num_processors: int) -> Pieces | None:
+        """The columns of tiles with the long ones cut; an item visits what `group_size` heads visit together."""
+        return self._cut(self.col_ptr, self.num_cols, (num_heads, group_size, num_processors))
+
+    def _cut(self, ptr: Tensor, lines: int, key: tuple[int, int, int]) -> Pieces | None:
+        """Waits for the device to know the visits, once for each key."""
+        found: dict[tuple[Any, ...], Pieces | None] = self._pieces
+        if (ptr is self.col_ptr, key) not in found:
+            num_heads, group_size, num_processors = key
+            tables = self.batch * self.heads
+            most: list[int] = (ptr[:, 2] - ptr[:, 0]).view(tables, lines).amax(0).tolist()
+            total = len(self.row_index) * num_heads // tables
+            visits = [group_size * count for count in most]
+            pieces = cut_lines(visits, total, num_heads // group_size, num_processors, ptr.device)
+            found[ptr is self.col_ptr, key] = pieces
+        return found[ptr is self.col_ptr, key]
+
+    @cached_property
+    def _pieces(self) -> dict[tuple[Any, ...], Pieces | None]:
+        return {}
 
     @property
     def density(self) -> float:
