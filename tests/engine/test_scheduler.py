@@ -254,3 +254,74 @@ def test_any_traffic_comes_to_its_end(seed, windows):
             desk.step()
         desk.check()
     desk.run()
+
+
+class Groups(Desk):
+    """A desk where some sequences come in groups, none of which goes on without the others: beams."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.members, self.waits = {}, set()
+
+    def add_group(self, num_prompt, num_new, size):
+        first = self.add(num_prompt, num_new, seats=size, is_of_group=True)
+        self.members[first.arrival[0]] = (size, [first])
+        return first
+
+    def step(self):
+        step = self.scheduler.schedule()
+        for one in step.preempted:
+            group = self.members.get(one.arrival[0], (1, [one]))[1]
+            assert all(other.state is not State.RUNNING for other in group), "a part of a group goes on"
+        for chunk in step.chunks:
+            if chunk.is_last and chunk.sequence.is_of_group:
+                self.waits.add(chunk.sequence)
+                self.advance(chunk.sequence.arrival[0])
+            elif chunk.is_last:
+                chunk.sequence.tokens.append(0)
+                if chunk.sequence.num_tokens == self.wanted[chunk.sequence]:
+                    self.scheduler.finish(chunk.sequence)
+        self.check()
+        return step.chunks
+
+    def advance(self, number):
+        """As beams.py does: once all are known, fork if need be, and let each be a fork of one of them."""
+        size, group = self.members[number]
+        if not all(one in self.waits for one in group):
+            return
+        self.waits -= set(group)
+        if group[0].num_tokens + 1 == self.wanted[group[0]]:
+            for one in group:
+                self.scheduler.finish(one)
+            return
+        group += [self.scheduler.fork(group[0], (number, index)) for index in range(len(group), size)]
+        before = [(one.holding, one.tokens) for one in group]
+        for one in group:
+            holding, tokens = self.random.choice(before)
+            one.holding, one.tokens = holding.fork(), [*tokens, 0]
+        for holding, _ in before:
+            holding.free()
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 2**32), st.sampled_from([(None,), (None, 3), (5,)]))
+def test_groups_among_others_come_to_their_end(seed, windows):
+    draw = random.Random(seed)
+    size, seats = draw.choice([1, 2, 4]), draw.randint(1, 6)
+    desk = Groups(draw.randint(8, 40), size, draw.randint(seats, 12), seats, windows)
+    desk.random = draw
+    for _ in range(60):
+        event = draw.random()
+        num_prompt, num_new, of = draw.randint(1, 12), draw.randint(1, 8), draw.randint(2, 4)
+        if event < 0.15 and desk.scheduler.fits(num_prompt + num_new - 1):
+            desk.add(num_prompt, num_new)
+        elif event < 0.4 and of <= seats and desk.scheduler.fits(num_prompt + num_new - 1, of):
+            desk.add_group(num_prompt, num_new, of)
+        elif event < 0.45 and desk.scheduler.sequences:
+            number = draw.choice(desk.scheduler.sequences).arrival[0]
+            for one in [one for one in desk.scheduler.sequences if one.arrival[0] == number]:
+                desk.scheduler.finish(one)
+        else:
+            desk.step()
+        desk.check()
+    desk.run()
