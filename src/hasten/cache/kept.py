@@ -56,12 +56,13 @@ class Kept:
         """The pieces with which a prompt would begin, if they are more than the tree has, and pay. For any thread."""
         if self.is_off or self.rule == "never":
             return []
-        limit = len(tokens) - 1
+        limit, known = len(tokens) - 1, self.tree.num_usable(tokens, salt)
+        if limit - known < self.tree.page_size:
+            return []
         found = max(
             (self.tiers.find(root_of(self.fingerprint, one), tokens, limit) for one in {salt, PUBLIC}),
             key=lambda one: one.num_tokens,
         )
-        known = self.tree.num_usable(tokens, salt)
         count = found.num_tokens - known
         if count < self.tree.page_size:
             return []

@@ -10,7 +10,6 @@ import typer
 from hasten.bench import records
 from hasten.bench.records import Record
 from hasten.bench.suites import parse_sizes
-from hasten.models import builtin
 
 
 def prompt_cache(
@@ -27,6 +26,7 @@ def prompt_cache(
     """Time to the first token over prompt length and share of it that is known, and from where on reading pays."""
     from hasten.bench import prompt_cache as suite  # loads transformers, seconds that the other verbs save
     from hasten.cli.bench import find_device, tell  # that module adds this verb, so it cannot be imported first
+    from hasten.models import builtin
 
     options = suite.Options(
         model=str(builtin.path() if model is None else model),
