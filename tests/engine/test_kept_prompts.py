@@ -89,6 +89,17 @@ def test_pages_of_8_bits_come_back(tmp_path, kv_dtype):
         assert run(made, [prompt(40)])[0].restored_tokens == 0  # of another dtype
 
 
+def test_reproducible_engines_give_the_same_bits_from_disk_and_take_nothing_of_others(tmp_path):
+    with engine(prompt_cache=PromptCache(tmp_path)) as made:
+        run(made, [prompt(300)])
+    with engine(prompt_cache=PromptCache(tmp_path, restore="always"), reproducible=True) as made:
+        (cold,) = run(made, [prompt(300)], logprobs=3)
+    with engine(prompt_cache=PromptCache(tmp_path, restore="always"), reproducible=True) as made:
+        (warm,) = run(made, [prompt(300)], logprobs=3)
+    assert (cold.restored_tokens, warm.restored_tokens) == (0, 299)
+    assert warm.token_ids == cold.token_ids and warm.logprobs == cold.logprobs
+
+
 def test_host_memory_gives_back_what_the_pages_had_to_let_go():
     ids = [prompt(300, seed) for seed in range(5)]
     with engine(num_pages=24, prompt_cache=PromptCache(host_bytes=2**26, restore="always")) as made:

@@ -201,6 +201,15 @@ def test_prompt_log_probabilities_are_computed_and_not_taken_over():
             assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_reproducible_engines_give_the_same_bits_cold_and_warm(name):
+    with engine(name, reproducible=True) as made:
+        (cold,) = run(made, [prompt(40)], logprobs=3)
+        (warm,) = run(made, [prompt(40)], logprobs=3)
+        assert warm.cached_tokens >= 32 and cold.cached_tokens == 0
+        assert warm.token_ids == cold.token_ids and warm.logprobs == cold.logprobs  # not approximately
+
+
 def test_what_was_cut_short_can_be_taken_over_and_what_failed_cannot():
     with engine(max_batch_tokens=16) as made:
         handle = made.submit(prompt(40), Sampling(max_tokens=20))

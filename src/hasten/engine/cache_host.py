@@ -77,16 +77,25 @@ class CacheHost:
 
 
 def join(
-    given: PromptCache | bool | None, engine: Engine, scheduler: Scheduler, pages: PagedCache, layers: Sequence[Kind]
+    given: PromptCache | bool | None,
+    engine: Engine,
+    scheduler: Scheduler,
+    pages: PagedCache,
+    layers: Sequence[Kind],
+    reproducible: bool,
 ) -> PromptCache | None:
-    """Give an engine that is being made its prompt cache: the one given, or a new one for True."""
+    """Give an engine that is being made its prompt cache: the one given, or a new one for True.
+
+    reproducible: what is kept outside of its pages is apart from that of engines whose bits hang on the batch.
+    """
     if given is None or given is False:
         return None
     cache = PromptCache() if given is True else given
     model = engine.model
 
     def identify() -> str:
-        return fingerprint(model, engine.tokenizer, layers, pages.page_size, pages.dtype, pages.stored)
+        found = fingerprint(model, engine.tokenizer, layers, pages.page_size, pages.dtype, pages.stored)
+        return found + "-reproducible" if reproducible else found
 
     tree = cache.attach(scheduler.ledger, pages, sizes.cost(model, layers), CacheHost(engine), identify)
     scheduler.prefixes = Prefixes(tree, versions(model), cache.kept)

@@ -139,7 +139,7 @@ class Engine:
             most_rows=max_running,
             context=self._context,
         )
-        self.prompt_cache = join(prompt_cache, self, scheduler, cache, layers)
+        self.prompt_cache = join(prompt_cache, self, scheduler, cache, layers, reproducible)
         self._core = Core(runner, scheduler)
         self._grammars = Grammars(tokenizer, model.get_input_embeddings().weight.shape[0])
         self._numbers = itertools.count()
