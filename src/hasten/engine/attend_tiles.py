@@ -22,16 +22,13 @@ TILE = 64
 class TilePlan:
     """The pages that single tokens see, a tile after the other.
 
-    pages: int64 (tiles, batch * pages of a tile). is_seen: bool (tiles, batch, keys of a tile).
+    tiles: of each (which of the tokens, int64 (rows,), their pages, int64 (rows * pages of a tile), what they see of
+    it, bool (rows, keys of a tile)). Who sees nothing of a tile is left out: products of many small matrices compute
+    each by itself. batch: how many tokens.
     """
 
-    pages: Tensor
-    is_seen: Tensor
-
-    @property
-    def batch(self) -> int:
-        """How many tokens."""
-        return self.is_seen.shape[1]
+    tiles: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    batch: int
 
 
 def plan(rows: Sequence[Sequence[int]], lengths: Sequence[int], window: int | None, page_size: int) -> TilePlan:
@@ -45,7 +42,17 @@ def plan(rows: Sequence[Sequence[int]], lengths: Sequence[int], window: int | No
     position = torch.arange(begin * tile, end * tile)
     first, last = torch.tensor(first_seen)[:, None], torch.tensor(lengths)[:, None]
     is_seen = ((position >= first) & (position < last)).unflatten(1, (end - begin, tile)).transpose(0, 1)
-    return TilePlan(table.flatten(1), is_seen)
+    rows_of = [_rows(seen.any(-1)) for seen in is_seen]
+    tiles = zip(rows_of, table, is_seen, strict=True)
+    found = [(rows, pages[rows].flatten(), seen[rows]) for rows, pages, seen in tiles if len(rows)]
+    return TilePlan(tuple(found), len(lengths))
+
+
+def _rows(is_wanted: Tensor) -> Tensor:
+    """The rows that are wanted, and others up to a multiple of the threads, which then share whole vectors."""
+    count = int(is_wanted.sum())
+    whole = min(-(-count // torch.get_num_threads()) * torch.get_num_threads(), len(is_wanted))
+    return is_wanted.int().argsort(descending=True, stable=True)[:whole]
 
 
 def decode(
@@ -54,30 +61,38 @@ def decode(
     """Attention of one token of each sequence; q and what is returned (batch, num_heads, head_dim)."""
     batch, num_heads, _ = q.shape
     num_kv_heads, dim_v = layer.value_pages.shape[2:]
-    group, tile = num_heads // num_kv_heads, plan.is_seen.shape[2]
-    rows = q.float().reshape(batch * num_kv_heads, group, -1) * scale
-    top = torch.full((batch * num_kv_heads, group, 1), -torch.inf)
+    group = num_heads // num_kv_heads
+    queries = q.float().reshape(batch, num_kv_heads, group, -1) * scale
+    top = torch.full((batch, num_kv_heads, group, 1), -torch.inf)
     total = torch.zeros_like(top)
     if sinks is not None:
-        top = sinks.float().reshape(num_kv_heads, group, 1).repeat(batch, 1, 1)
+        top = sinks.float().reshape(num_kv_heads, group, 1).repeat(batch, 1, 1, 1)
         total = torch.ones_like(top)
-    out = torch.zeros(batch * num_kv_heads, group, dim_v)
-    for pages, is_seen in zip(plan.pages, plan.is_seen, strict=True):
-        k, v = (each.float().reshape(batch, tile, num_kv_heads, -1) for each in layer.gather(pages))
+    out = torch.zeros(batch, num_kv_heads, group, dim_v)
+    for rows, pages, is_seen in plan.tiles:
+        count, tile = is_seen.shape
+        k, v = (each.float().reshape(count, tile, num_kv_heads, -1) for each in layer.gather(pages))
         v = v.masked_fill(~is_seen[..., None, None], 0.0)  # what was never written may be NaN
-        scores = torch.bmm(rows, k.permute(0, 2, 3, 1).reshape(batch * num_kv_heads, -1, tile))
+        scores = _products(queries[rows], k.permute(0, 2, 3, 1))
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        hidden = ~is_seen[:, None, None].expand(batch, num_kv_heads, group, tile).reshape(scores.shape)
-        scores = scores.masked_fill(hidden, -torch.inf)
-        now = torch.maximum(top, scores.amax(-1, keepdim=True))
+        scores = scores.masked_fill(~is_seen[:, None, None], -torch.inf)
+        before = top[rows]
+        now = torch.maximum(before, scores.amax(-1, keepdim=True))
         base = torch.where(now == -torch.inf, 0.0, now)
         # as wide as a tile: PyTorch computes what is left over of a vector by other instructions
-        fade = torch.exp((top - base).expand(scores.shape))[..., :1]
+        fade = torch.exp((before - base).expand(scores.shape))[..., :1]
         weights = torch.exp(scores - base)
-        total = total * fade + weights.sum(-1, keepdim=True)
-        out = out * fade + torch.bmm(weights, v.transpose(1, 2).reshape(batch * num_kv_heads, tile, dim_v))
-        top = now
+        total[rows] = total[rows] * fade + weights.sum(-1, keepdim=True)
+        out[rows] = out[rows] * fade + _products(weights, v.transpose(1, 2))
+        top[rows] = now
     return (out / total).to(q.dtype).reshape(batch, num_heads, dim_v)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix products of (rows, heads, m, k) and (rows, heads, k, n), each computed as if it were the only one."""
+    # contiguous whatever the sizes: a view in another order is another kernel
+    found = torch.bmm(*(each.contiguous().flatten(0, 1) for each in (a, b)))
+    return found.unflatten(0, a.shape[:2])
 
 
 __all__ = ["TILE", "TilePlan", "decode", "plan"]
