@@ -53,7 +53,8 @@ class Launch:
         self._is_compiled = isinstance(kernel, JITFunction)  # not so under the interpreter
         self._grid = grid
         self._arguments = arguments
-        self._options = options
+        # said, because from triton 3.10 on a multiplication and an addition are fused for those who ask
+        self._options = {"enable_fp_fusion": True, **options} if self._is_compiled else options
         self._kinds: dict[tuple[Any, ...], _Ready] = {}
         self._lock = threading.Lock()
 

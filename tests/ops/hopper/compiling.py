@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -71,15 +72,21 @@ def compile_launches(launch) -> list[Compiled]:
     return [_read(kernel) for kernel in kernels]
 
 
+def ptxas_command(metadata) -> list[str]:
+    """ptxas as Triton calls it for a launch; from 3.7 on it says how hard to allocate registers."""
+    allocation = "--regAllocOptLevel=2"
+    options = [allocation] if allocation in inspect.getsource(nvidia.CUDABackend) else []
+    return [nvidia.get_ptxas(90).path, "-v", "-lineinfo", *options, *(metadata.ptx_options or "").split()]
+
+
 def _read(kernel) -> Compiled:
     ptx = kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(cubin)]
+        command = [*ptxas_command(kernel.metadata), "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        code = cubin.read_bytes()
     registers = int(re.search(r"Used (\d+) registers", said).group(1))
     spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill", said))
     warnings = "\n".join(line for line in said.splitlines() if "warning" in line or "wgmma" in line)
-    return Compiled(kernel.metadata.name, registers, spills, kernel.metadata.shared, warnings, ptx, code)
+    return Compiled(kernel.metadata.name, registers, spills, kernel.metadata.shared, warnings, ptx, kernel.asm["cubin"])

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 from hasten.masks import Causal, Full, Global, Mask, Padding, Window
 from hasten.ops.call import Call
-from hasten.ops.hopper import launch, table
+from hasten.ops.hopper import bridge, launch, table
 from hasten.ops.tiles import pieces
 from tests.ops.hopper.compiling import SHARED_LIMIT, Compiled, compile_launches
 
@@ -31,8 +31,9 @@ TERMS = {
 LINES = {"64": (64, table.FORWARD[64]), "64 long": (64, table.FORWARD_LONG[64])}
 LINES |= {str(columns): (columns, table.FORWARD[columns]) for columns in (128, 256)}
 # Scalars that ptxas keeps in memory though registers are left: written once an item, outside the loops over keys
-# (but for head_dim 256 with masks, where a visit reads a few). None of D = 128, whose loops are the tightest.
-MOST_SPILLED = {"64": 0, "64 long": 256, "128": 0, "256": 288}
+# (but for head_dim 256 with masks, where a visit reads a few). None of D = 128, whose loops are the tightest, but for
+# the entry of a packed item under Triton 3.9.
+MOST_SPILLED = {"64": 0, "64 long": 256, "128": 0 if bridge.OPTIONS == {} else 96, "256": 288}
 
 
 def compiled(line: table.Tile, head_dim: int, terms: str, dtype: torch.dtype = torch.bfloat16) -> Compiled:

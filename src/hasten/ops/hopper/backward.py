@@ -34,7 +34,6 @@ from hasten.ops.hopper.backward_tiles import (
     make_barriers,
     probabilities,
     put,
-    ring,
     send_keys,
     take,
     visits_of,
@@ -44,6 +43,7 @@ from hasten.ops.hopper.backward_tiles import (
 from hasten.ops.hopper.backward_wide import consume_wide, load_wide
 from hasten.ops.hopper.cells import accumulator
 from hasten.ops.hopper.pieces import store_sums
+from hasten.ops.hopper.rings import matrix, ring
 
 # numbers for which a kernel compiled for "1" or "a multiple of 16" gains nothing and costs seconds
 LENGTHS = (
@@ -200,7 +200,7 @@ def consume_tile(
     dq_zero = gl.zeros([64, DQ_N], gl.float32, dq_mma)
     mbarrier.wait(kv_full.index(0), tiles & 1)
     if HIDDEN_KEYS:
-        hide_keys(k_buf.index(W).reshape([64, D]), v_buf.index(W).reshape([64, DV]), walk, group_size, 2 * W, BLOCK_N)
+        hide_keys(matrix(k_buf.index(W)), matrix(v_buf.index(W)), walk, group_size, 2 * W, BLOCK_N)
     for member in range(group_size):
         head = kv_head * group_size + member
         visits = visits_of(walk, head, BLOCK_M, BLOCK_N)
@@ -208,14 +208,14 @@ def consume_tile(
             entry, block, is_partial = block_of(lists, visits, step, ORDERED)
             q_slot, dout_slot = count % (AHEAD + 1), count % AHEAD
             zero = count >> 30  # to the compiler a variable: it would keep the wgmma descriptors of K and V, and spill
-            q = q_buf.index(q_slot).reshape([BLOCK_M, D])
-            dout = dout_buf.index(dout_slot).reshape([BLOCK_M, DV])
+            q = matrix(q_buf.index(q_slot))
             stats = stats_buf.index(q_slot).reshape([2 * BLOCK_M])
             mbarrier.wait(q_full.index(q_slot), (count // (AHEAD + 1)) & 1)
-            k_own = k_buf.index(W + zero).reshape([64, D])
-            v_own = v_buf.index(W + zero).reshape([64, DV])
+            k_own = matrix(k_buf.index(W + zero))
             s = warpgroup_mma(k_own, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             mbarrier.wait(dout_full.index(dout_slot), (count // AHEAD) & 1)
+            zero, dout_slot = bridge.here(zero), bridge.here(dout_slot)
+            v_own, dout = matrix(v_buf.index(W + zero)), matrix(dout_buf.index(dout_slot))
             dp = warpgroup_mma(v_own, dout.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
             p, slope = probabilities(
@@ -236,9 +236,10 @@ def consume_tile(
             fence_async_shared()
             bridge.barrier_sync(BOTH, 2 * WARPGROUP)
             dq = dq_zero
+            zero = bridge.here(zero)
             for part in gl.static_range(2):
                 rows_of = ds_buf.index(ds_slot + part).permute((1, 0))
-                keys_of = k_buf.index(part + zero).reshape([64, D])
+                keys_of = matrix(k_buf.index(part + zero))
                 if BLOCK_M == 128:
                     rows_of = rows_of.slice(64 * W, 64, 0)
                 else:

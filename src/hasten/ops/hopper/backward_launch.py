@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from hasten.ops.call import Call, Gradients
 from hasten.ops.hopper.backward import attention_backward
 from hasten.ops.hopper.backward_rows import backward_after, backward_before
+from hasten.ops.hopper.bridge import OPTIONS
 from hasten.ops.hopper.envelope import untouchable
 from hasten.ops.hopper.sums import add_pieces
 from hasten.ops.launching import TENSOR, Described, Launch
@@ -224,6 +225,7 @@ def plan_main(sizes: Sizes, num_programs: int, pieces: tuple[int, int] | None = 
         "ORDER": tile.order,
         "ORDERED": sizes.deterministic,
         "num_warps": 4,
+        **OPTIONS,
     }
     return Launch(attention_backward, (min(num_items * num_pairs, num_programs),), arguments, options)
 

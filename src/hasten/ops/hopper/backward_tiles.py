@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from hasten.ops.hopper import bridge
 from hasten.ops.hopper.cells import LOG2E, accumulator, hide_values, keys_word, tanh
 from hasten.ops.hopper.pieces import share_of
+from hasten.ops.hopper.rings import matrix
 from hasten.ops.hopper.visits import partial_entry, query_visits, visited
 
 WARPGROUP = gl.constexpr(128)
@@ -25,13 +26,6 @@ DQ_TAKEN = gl.constexpr(11)
 # Wide: dO has been read; Q has been read in slot 0 or 1 (+ slot)
 DOUT_READ = gl.constexpr(13)
 Q_READ = gl.constexpr(14)
-
-
-@gluon.jit
-def ring(descriptor, SLOTS: gl.constexpr):
-    """Shared memory for `SLOTS` boxes of a descriptor."""
-    shape: gl.constexpr = [SLOTS] + descriptor.block_shape  # noqa: RUF005  # the compiler cannot unpack
-    return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
 
 
 @gluon.jit
@@ -69,8 +63,8 @@ def store_rows(descriptor, at, row, column, head, buffer):
 @gluon.jit
 def send_keys(dk, dv, descriptors, buffers, at, row, column, head):
     """dk and dv (64, columns) to their tensors by TMA, by way of the memory that held those of K and V."""
-    buffers[1].reshape(dv.shape).store(dv.to(buffers[1].dtype))
-    buffers[0].reshape(dk.shape).store(dk.to(buffers[0].dtype))
+    matrix(buffers[1]).store(dv.to(buffers[1].dtype))
+    matrix(buffers[0]).store(dk.to(buffers[0].dtype))
     fence_async_shared()
     store_rows(descriptors[1], at, row, column, head, buffers[1])
     store_rows(descriptors[0], at, row, column, head, buffers[0])
@@ -326,4 +320,4 @@ def hide_keys(k, v, walk, group_size, FIRST_WORD: gl.constexpr, BLOCK_N: gl.cons
             hide_values(k, word, part, k.shape[1])
             hide_values(v, word, part, v.shape[1])
             fence_async_shared()
-            gl.thread_barrier()
+            bridge.partition_barrier()

@@ -38,6 +38,7 @@ from hasten.ops.hopper.backward_tiles import (
 )
 from hasten.ops.hopper.cells import accumulator
 from hasten.ops.hopper.pieces import store_sums
+from hasten.ops.hopper.rings import matrix
 
 
 @gluon.jit
@@ -120,14 +121,7 @@ def consume_wide(
     ds_own = ds_buf.index(W)
     mbarrier.wait(kv_full.index(0), tiles & 1)
     if HIDDEN_KEYS:
-        hide_keys(
-            k_buf.index(W).reshape([BLOCK_N, HALF]),
-            v_buf.index(W).reshape([BLOCK_N, HALF]),
-            walk,
-            group_size,
-            0,
-            BLOCK_N,
-        )
+        hide_keys(matrix(k_buf.index(W)), matrix(v_buf.index(W)), walk, group_size, 0, BLOCK_N)
         bridge.barrier_sync(BOTH, 2 * WARPGROUP)
     for member in range(group_size):
         head = kv_head * group_size + member
@@ -135,22 +129,21 @@ def consume_wide(
         for step in range(visits[1] + visits[5]):
             entry, block, is_partial = block_of(lists, visits, step, ORDERED)
             slot = count & 1
-            zero = (
-                count >> 30
-            )  # to the compiler a variable: it would keep the wgmma descriptors of K, V and dO, and spill
-            q = q_buf.index(slot).reshape([BLOCK_M, 2 * HALF])
-            dout = dout_buf.index(zero).reshape([BLOCK_M, 2 * HALF])
+            zero = count >> 30  # to the compiler a variable, as in `consume_tile`
+            q = matrix(q_buf.index(slot))
             stats = stats_buf.index(slot).reshape([2 * BLOCK_M])
             mbarrier.wait(q_full.index(slot), (count >> 1) & 1)
             s = s_zero
             for part in gl.static_range(2):
-                k = k_buf.index(part + zero).reshape([BLOCK_N, HALF])
+                k = matrix(k_buf.index(part + zero))
                 columns = q.slice(part * HALF, HALF, 1).permute((1, 0))
                 s = warpgroup_mma(k, columns, s, use_acc=part > 0, is_async=True)
             mbarrier.wait(dout_full.index(0), count & 1)
+            zero = bridge.here(zero)
+            dout = matrix(dout_buf.index(zero))
             dp = s_zero
             for part in gl.static_range(2):
-                v = v_buf.index(part + zero).reshape([BLOCK_N, HALF])
+                v = matrix(v_buf.index(part + zero))
                 columns = dout.slice(part * HALF, HALF, 1).permute((1, 0))
                 dp = warpgroup_mma(v, columns, dp, use_acc=part > 0, is_async=True)
             s = warpgroup_mma_wait(2, deps=[s])
@@ -170,7 +163,8 @@ def consume_wide(
             fence_async_shared()
             dv = warpgroup_mma_wait(0, deps=[dv])
             bridge.barrier_arrive(DOUT_READ, 2 * WARPGROUP + WARP)
-            k = k_buf.index(W + zero).reshape([BLOCK_N, HALF])
+            zero = bridge.here(zero)
+            k = matrix(k_buf.index(W + zero))
             rows_of = ds_buf.index(W + zero).permute((1, 0))
             for piece in gl.static_range(2):
                 columns = k.slice(piece * PIECE, PIECE, 1)

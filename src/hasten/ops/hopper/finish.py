@@ -6,9 +6,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from hasten.ops.hopper.bridge import tma_store, tma_store_wait
+from hasten.ops.hopper.bridge import partition_barrier, tma_store, tma_store_wait
 from hasten.ops.hopper.cells import LOG2E, accumulator, score_unit
 from hasten.ops.hopper.pieces import store_piece
+from hasten.ops.hopper.rings import matrix
 
 
 @gluon.jit
@@ -50,7 +51,7 @@ def _store_rows(acc, row_max, row_sum, staged, out, terms, place, head, first, o
 @gluon.jit
 def _store_tile(acc, out_desc, staged, batch, head, row):
     """Issue the TMA store of 64 rows, one half of their columns after the other where shared memory holds no more."""
-    COLUMNS: gl.constexpr = staged.shape[1]
+    COLUMNS: gl.constexpr = staged.shape[-1]
     if acc.shape[1] == COLUMNS:
         _send(acc, out_desc, staged, [batch, head, row, 0])
     else:
@@ -62,12 +63,12 @@ def _store_tile(acc, out_desc, staged, batch, head, row):
 @gluon.jit
 def _send(values, out_desc, staged, at):
     """Write values to shared memory once TMA has read what is there, and have TMA store them."""
-    values = gl.convert_layout(values.to(staged.dtype), accumulator(staged.shape[1]), assert_trivial=True)
+    values = gl.convert_layout(values.to(staged.dtype), accumulator(staged.shape[-1]), assert_trivial=True)
     tma_store_wait(0)
-    gl.thread_barrier()
-    staged.store(values)
+    partition_barrier()
+    matrix(staged).store(values)
     fence_async_shared()
-    gl.thread_barrier()
+    partition_barrier()
     tma_store(out_desc, at, staged)
 
 

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hasten.ops.hopper.bridge import FIRST_BARRIER, barrier_arrive, tma_store_wait
+from hasten.ops.hopper.bridge import FIRST_BARRIER, barrier_arrive, here, partition_barrier, tma_store_wait
 from hasten.ops.hopper.cells import (
     LOG2E,
     accumulator,
@@ -39,6 +39,7 @@ from hasten.ops.hopper.cells import (
 )
 from hasten.ops.hopper.finish import finish
 from hasten.ops.hopper.producer import produce
+from hasten.ops.hopper.rings import matrix, ring
 from hasten.ops.hopper.schedule import item_visits
 from hasten.ops.hopper.visits import partial_entry
 
@@ -112,7 +113,7 @@ def _hide(where, bounds, bits, v, full, phase, entry, is_partial, options: gl.co
                 if word != -1:
                     hide_values(v, word, part, options[1])
             fence_async_shared()
-            gl.thread_barrier()
+            partition_barrier()
 
 
 @gluon.jit
@@ -141,20 +142,20 @@ def _first_visit(
     bits = _read_map(where, number, CONSUMER, options)
     mbarrier.wait(k_full.index(stage), phase)
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-    raw = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    raw = warpgroup_mma(q, matrix(k_smem.index(stage)).permute((1, 0)), zero, use_acc=False, is_async=True)
     keep = _cells(where, bounds, bits, m0, entry, is_partial, CONSUMER, options)
     raw = warpgroup_mma_wait(0, deps=[raw])
     barrier_arrive(FIRST_BARRIER + stage, 128 * options[2] + 32)
     value = gl.where(keep, score(raw, terms[0], terms[1]), -float("inf"))
     unit = score_unit(terms[0], terms[1])
     p, rescale, row_max, row_sum = softmax_step(value, row_max, row_sum, unit, True)
-    _hide(where, bounds, bits, v_smem.index(stage), v_full.index(stage), phase, entry, is_partial, options)
+    _hide(where, bounds, bits, matrix(v_smem.index(stage)), v_full.index(stage), phase, entry, is_partial, options)
     return pack(p, q.dtype), rescale, row_max, row_sum
 
 
 @gluon.jit
 def _next_visit(
-    q,
+    q_at,
     acc,
     p,
     rescale,
@@ -176,7 +177,7 @@ def _next_visit(
 
     `rescale` is what acc is multiplied by before `p` is added: beside S of the next tile, where it costs nothing.
     """
-    _q, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
+    q_smem, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
     THREADS: gl.constexpr = 128 * options[2] + 32
     BLOCK_N: gl.constexpr = options[0]
     STAGES: gl.constexpr = options[3]
@@ -184,13 +185,14 @@ def _next_visit(
     before = (fill - 1) % STAGES
     s_layout: gl.constexpr = accumulator(BLOCK_N)
     bits = _read_map(where, number, CONSUMER, options) if MASKED else None
-    p = unpack(p, q.dtype, options[1])
+    p = unpack(p, q_smem.dtype, options[1])
     mbarrier.wait(k_full.index(stage), phase)
+    q = matrix(q_smem.index(here(q_at)))
     zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-    raw = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    raw = warpgroup_mma(q, matrix(k_smem.index(stage)).permute((1, 0)), zero, use_acc=False, is_async=True)
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, accumulator(options[1])))[:, None]
     mbarrier.wait(v_full.index(before), ((fill - 1) // STAGES) & 1)
-    acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+    acc = warpgroup_mma(p, matrix(v_smem.index(here(before))), acc, is_async=True)
     raw = warpgroup_mma_wait(1, deps=[raw])
     barrier_arrive(FIRST_BARRIER + stage, THREADS)
     value = score(raw, terms[0], terms[1])
@@ -202,7 +204,7 @@ def _next_visit(
     acc = warpgroup_mma_wait(0, deps=[acc])
     barrier_arrive(FIRST_BARRIER + STAGES + before, THREADS)
     if MASKED:
-        _hide(where, bounds, bits, v_smem.index(stage), v_full.index(stage), phase, entry, True, options)
+        _hide(where, bounds, bits, matrix(v_smem.index(stage)), v_full.index(stage), phase, entry, True, options)
     next_p = pack(next_p, q.dtype)
     return acc, next_p, rescale, row_max, row_sum
 
@@ -229,7 +231,8 @@ def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options:
         goal = tile
         if where[8] is not None:  # where the result belongs, in one number: a tile, or -1 - slot of a piece
             goal = gl.where(share == 0, tile, -1 - (share >> 12))
-        q = q_smem.index((turn % Q_STAGES) * CONSUMERS + CONSUMER)
+        q_at = (turn % Q_STAGES) * CONSUMERS + CONSUMER
+        q = matrix(q_smem.index(q_at))
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         row_sum = gl.zeros([64, 4], gl.float32, quarters())
         row_max = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, s_layout))
@@ -251,13 +254,13 @@ def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options:
             for step in range(1, num_partial):
                 bits, next_bits = next_bits, map_of(where[3], visits, step + 1)
                 acc, p, rescale, row_max, row_sum = _next_visit(
-                    q, acc, p, rescale, row_max, row_sum, shared, where, bounds, m0, partial_entry(visits, step), bits,
-                    fill, terms, True, CONSUMER, options,
+                    q_at, acc, p, rescale, row_max, row_sum, shared, where, bounds, m0, partial_entry(visits, step),
+                    bits, fill, terms, True, CONSUMER, options,
                 )  # fmt: skip
                 fill += 1
             for _ in range(gl.where(num_partial > 0, 0, 1), num_full):
                 acc, p, rescale, row_max, row_sum = _next_visit(
-                    q, acc, p, rescale, row_max, row_sum, shared, where, bounds, m0, 0, 0,
+                    q_at, acc, p, rescale, row_max, row_sum, shared, where, bounds, m0, 0, 0,
                     fill, terms, False, CONSUMER, options,
                 )  # fmt: skip
                 fill += 1
@@ -266,7 +269,7 @@ def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options:
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None]
             p = unpack(p, q.dtype, BLOCK_D)
             mbarrier.wait(v_full.index(last), ((fill - 1) // STAGES) & 1)
-            acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
+            acc = warpgroup_mma(p, matrix(v_smem.index(last)), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier_arrive(FIRST_BARRIER + STAGES + last, THREADS)
         else:
@@ -293,11 +296,8 @@ def attention_forward(
 
     out and lse are contiguous; total_q: rows of one head in lse, seqlen_q or the sum of packed ones.
     """
-    dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, BLOCK_D], q_desc.layout)
-    staged = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, out_desc.block_shape[3]], out_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], v_desc.layout)
+    q_smem, staged = ring(q_desc, Q_STAGES * CONSUMERS), ring(out_desc, CONSUMERS)
+    k_smem, v_smem = ring(k_desc, STAGES), ring(v_desc, STAGES)
     SLOTS: gl.constexpr = 3 if pieces is None else 4  # numbers of an item
     slots = gl.allocate_shared_memory(gl.int32, [SLOTS * Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
@@ -318,21 +318,14 @@ def attention_forward(
         pieces, num_slots,
     )  # fmt: skip
     options: gl.constexpr = (BLOCK_N, BLOCK_D, CONSUMERS, STAGES, Q_STAGES)
-    producer = (
-        (q_desc, k_desc, v_desc),
-        shared,
-        where,
-        counter,
-        (num_tiles, num_heads, batch, heads_per_group, num_groups, group_size),
-        options,
-    )
+    order, loads = (num_tiles, num_heads, batch, heads_per_group, num_groups, group_size), (q_desc, k_desc, v_desc)
     terms, out = (scale, softcap, sinks), (out_desc, cu_seqlens_q, out_ptr, lse_ptr, num_heads, total_q, head_dim_v)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (_consume, (0, shared, staged, where, terms, out, options)),
                 (_consume, (1, shared, staged, where, terms, out, options)),
-                (produce, producer),
+                (produce, (loads, shared, where, counter, order, options)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -343,7 +336,7 @@ def attention_forward(
                 (_consume, (0, shared, staged, where, terms, out, options)),
                 (_consume, (1, shared, staged, where, terms, out, options)),
                 (_consume, (2, shared, staged, where, terms, out, options)),
-                (produce, producer),
+                (produce, (loads, shared, where, counter, order, options)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],

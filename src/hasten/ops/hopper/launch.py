@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hasten.ops.call import Call
+from hasten.ops.hopper.bridge import OPTIONS
 from hasten.ops.hopper.forward import attention_forward
 from hasten.ops.hopper.sums import merge_pieces
 from hasten.ops.hopper.table import Tile, forward_tile
@@ -121,11 +122,6 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@lru_cache
-def _layout(columns: int, is_half: bool) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([64, columns], gl.float16 if is_half else gl.bfloat16)
-
-
 def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """TMA descriptor (batch, heads, rows, head_dim) of a dense or packed tensor, for boxes of (rows, columns)."""
     if tensor.ndim == 3:
@@ -138,7 +134,7 @@ def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
         [batch, heads, seqlen, head_dim],
         [strides[0], strides[2], strides[1], 1],
         [1, 1, rows, columns],
-        _layout(columns, tensor.dtype == torch.float16),
+        gl.NVMMASharedLayout(128, 16, 4),
     )
 
 
@@ -170,6 +166,7 @@ def plan(sizes: Sizes, line: Tile, num_programs: int, pieces: tuple[int, int] | 
         "CONSUMER_REGISTERS": line.consumer_registers,
         "PRODUCER_REGISTERS": line.producer_registers,
         "num_warps": 4,
+        **OPTIONS,
     }
     num_items = sizes.num_heads * sizes.batch * num_tiles if pieces else sizes.num_items(line)
     return Launch(attention_forward, (max(1, min(num_items, num_programs)),), arguments, options)

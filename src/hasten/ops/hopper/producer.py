@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from hasten.ops.hopper.bridge import FIRST_BARRIER, barrier_sync, tma_load
+from hasten.ops.hopper.bridge import FIRST_BARRIER, barrier_sync, partition_barrier, tma_load
 from hasten.ops.hopper.schedule import dense_place, item_visits, packed_place, ranked_tile, take
 from hasten.ops.hopper.visits import partial_entry, visited
 
@@ -25,7 +25,7 @@ def _hand_over(q_desc, shared, turn, number, head, tile, share, batch, row, opti
     slots.index(3 * stage + 2).store(gl.full([1], tile, gl.int32, layout))
     if slots.shape[0] > 3 * Q_STAGES:
         slots.index(3 * Q_STAGES + stage).store(gl.full([1], share, gl.int32, layout))
-    gl.thread_barrier()
+    partition_barrier()
     full = q_full.index(stage)
     if number < 0:
         mbarrier.arrive(full)
