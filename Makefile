@@ -13,9 +13,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 PROMPT ?= def fibonacci(n):
 LOWEST := .venv-lowest
+NEWEST := .venv-newest
+HOPPER_CASES := 64-causal or 128-causal or 128-packed or 256-causal or anew
 MEETS_TRANSFORMERS := tests/models tests/cache/test_static.py tests/engine/test_runner.py tests/engine/test_step.py
 
-.PHONY: run test test-interpreter test-lowest check lint format clean help
+.PHONY: run test test-interpreter test-lowest test-newest check lint format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -47,6 +49,12 @@ $(LOWEST)/.dev: $(VENV)/.dev
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q -c $(LOWEST)/constraints.txt -e '.[dev]' transformers==5.17.0
 	touch $@
 
+# only triton: it stands before .venv on the path, whose torch and tools serve here too
+$(NEWEST)/.dev: $(VENV)/.dev
+	rm -rf $(NEWEST)
+	$(PIP) install -q --no-deps --target $(NEWEST) triton==3.9.0
+	touch $@
+
 run: $(VENV)/.core
 	$(BIN)/hasten generate --prompt '$(PROMPT)' --max-tokens 64
 
@@ -67,7 +75,11 @@ lint: $(VENV)/.dev
 test-lowest: $(LOWEST)/.dev
 	$(LOWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(MEETS_TRANSFORMERS)
 
-check: lint test-interpreter test-lowest
+# some of the kernels for Hopper, forward and backward, by the triton that the newest torch brings
+test-newest: $(NEWEST)/.dev
+	PYTHONPATH=$(NEWEST) $(PYTEST) tests/ops/hopper -m compiler -k '$(HOPPER_CASES)'
+
+check: lint test-interpreter test-lowest test-newest
 	$(PYTEST) -m ''
 
 format: $(VENV)/.dev
@@ -75,4 +87,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -46,6 +46,22 @@ def test_doctor_as_json_is_one_object(capsys, monkeypatch):
     assert found["environment"]["HASTEN_IMPLEMENTATION"] == "reference"
 
 
+def test_doctor_tells_that_a_version_of_triton_is_not_served(capsys, monkeypatch):
+    envelope = pytest.importorskip("hasten.ops.hopper.envelope", reason="needs triton")
+    assert selfcheck.not_served() == {}
+    major, minor = envelope.END_VERSION
+    monkeypatch.setattr(envelope.triton, "__version__", f"{major}.{minor}.0")
+    assert run("doctor") == 0
+    assert f"hopper is not served: written for triton >= 3.6, < {major}.{minor}, this is" in capsys.readouterr().out
+    assert run("doctor", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["not_served"]["hopper"].startswith("written for triton")
+
+
+def test_doctor_tells_that_triton_is_missing(monkeypatch):
+    monkeypatch.setattr(selfcheck.importlib.util, "find_spec", lambda name: None)
+    assert selfcheck.not_served() == dict.fromkeys(("hopper", "portable"), "triton is not installed")
+
+
 def test_a_wrong_result_fails(capsys, monkeypatch):
     right = selfcheck._ours
     monkeypatch.setattr(selfcheck, "_ours", lambda q, k, v: right(q, k, v) * 1.01)

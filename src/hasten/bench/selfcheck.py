@@ -5,6 +5,7 @@ The content of `hasten doctor`; every answer comes from the public functions, as
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,16 @@ def served_by(device: torch.device) -> dict[str, dict[str, str]]:
                 chosen = "—"
             table[feature][_short(dtype)] = chosen
     return table
+
+
+def not_served() -> dict[str, str]:
+    """implementation -> why it takes no call at all with the Triton installed here."""
+    if importlib.util.find_spec("triton") is None:
+        return dict.fromkeys(("hopper", "portable"), "triton is not installed")
+    from hasten.ops.hopper import envelope  # here, because it needs triton, which may be missing
+
+    reason = envelope.version_refusal()
+    return {} if reason is None else {"hopper": reason}
 
 
 def check_exactness(device: torch.device, dtype: torch.dtype) -> Exactness:

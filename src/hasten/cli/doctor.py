@@ -22,14 +22,14 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
     """Show what is installed, what each feature gets here, and check exactness once."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     exactness = [selfcheck.check_exactness(device, dtype) for dtype in selfcheck.DTYPES]
-    facts, served = machine.describe(), selfcheck.served_by(device)
+    facts, served, not_served = machine.describe(), selfcheck.served_by(device), selfcheck.not_served()
     is_exact = all(result.is_exact for result in exactness)
     if as_json:
         checks = [_fields(result) for result in exactness]
         found = {"installed": facts, "environment": config.environment(), "served_by": served, "exactness": checks}
-        print(json.dumps({**found, "is_exact": is_exact}))
+        print(json.dumps({**found, "not_served": not_served, "is_exact": is_exact}))
     else:
-        _show(facts, served, exactness, device)
+        _show(facts, served, not_served, exactness, device)
     raise typer.Exit(0 if is_exact else 1)
 
 
@@ -38,7 +38,11 @@ def _fields(result: Exactness) -> dict[str, Any]:
 
 
 def _show(
-    facts: dict[str, str | None], served: dict[str, dict[str, str]], exactness: list[Exactness], device: torch.device
+    facts: dict[str, str | None],
+    served: dict[str, dict[str, str]],
+    not_served: dict[str, str],
+    exactness: list[Exactness],
+    device: torch.device,
 ) -> None:
     console = Console(soft_wrap=True)
     installed = Table.grid(padding=(0, 2))
@@ -57,6 +61,8 @@ def _show(
     for feature, by_dtype in served.items():
         features.add_row(feature, *(by_dtype[dtype] for dtype in dtypes))
     console.print(features)
+    for name, reason in not_served.items():
+        console.print(f"{name} is not served: {reason}", highlight=False)
     console.print(
         "\nExactness: relative error against float64 (allowed: twice PyTorch's in the same dtype)", style="bold"
     )
