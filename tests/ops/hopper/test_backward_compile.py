@@ -15,7 +15,7 @@ from triton import knobs
 
 from hasten.masks import Causal, Full, Global, Padding, Window
 from hasten.ops.call import Call
-from hasten.ops.hopper import backward_launch
+from hasten.ops.hopper import backward_launch, table
 from hasten.ops.tiles import pieces
 from tests.ops.hopper.compiling import SHARED_LIMIT, Compiled, compile_launches
 from tests.ops.portable.compiling import tensors
@@ -100,7 +100,7 @@ def test_shipped_kernels_neither_spill_nor_overflow_nor_serialize(head_dim: int,
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_five_products_a_block_and_seven_above_128(head_dim: int) -> None:
     """wgmma of 64 rows, 16 deep, in the code of both warpgroups."""
-    tile = backward_launch.backward_tile(1 << (head_dim - 1).bit_length(), True, False)
+    tile = table.backward_tile(1 << (head_dim - 1).bit_length(), True, False)
     main = compiled(head_dim, "causal")["attention_backward"]
     scores = 2 * (head_dim // 16)
     sums = 2 * (tile.block_m // 16)

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs triton")
 from hasten.masks import Causal, Full, Global, Mask, Padding, Window
 from hasten.ops.call import Call
 from hasten.ops.hopper import bridge, launch, table
-from hasten.ops.tiles import pieces
+from hasten.ops.tiles import as_band, pieces
 from tests.ops.hopper.compiling import SHARED_LIMIT, Compiled, compile_launches
 
 pytestmark = pytest.mark.compiler
@@ -28,8 +28,7 @@ TERMS = {
     "packed": {"mask": Window(128, 0), "cu_seqlens_q": BOUNDS, "cu_seqlens_k": BOUNDS},
     "rich": {"mask": Causal(), "softcap": 20.0, "sinks": torch.empty(16)},
 }
-LINES = {"64": (64, table.FORWARD[64]), "64 long": (64, table.FORWARD_LONG[64])}
-LINES |= {str(columns): (columns, table.FORWARD[columns]) for columns in (128, 256)}
+LINES = {"64": (64, table.D64), "64 long": (64, table.D64_TALL), "128": (128, table.D128), "256": (256, table.D256)}
 # Scalars that ptxas keeps in memory though registers are left: written once an item, outside the loops over keys
 # (but for head_dim 256 with masks, where a visit reads a few). None of D = 128, whose loops are the tightest, but for
 # the entry of a packed item under Triton 3.9.
@@ -80,7 +79,7 @@ def test_shipped_kernels_neither_spill_nor_overflow_nor_serialize(name: str, ter
 
 
 def test_the_gate_sees_registers_that_do_not_suffice() -> None:
-    line = replace(table.FORWARD_LONG[64], consumer_registers=152, producer_registers=56)
+    line = replace(table.D64_TALL, consumer_registers=152, producer_registers=56)
     kernel = compiled(line, 64, "causal")
     assert kernel.is_serialized and kernel.spill_bytes > max(MOST_SPILLED.values())
 
@@ -89,7 +88,7 @@ def test_the_gate_sees_registers_that_do_not_suffice() -> None:
     "head_dim", [96, pytest.param(40, marks=pytest.mark.slow), pytest.param(192, marks=pytest.mark.slow)]
 )
 def test_other_dims_ride_on_the_next_power_of_two(head_dim: int) -> None:
-    line = table.FORWARD[max(64, 1 << (head_dim - 1).bit_length())]
+    line = table.forward_tile(max(64, 1 << (head_dim - 1).bit_length()), "full", 1024)
     kernel = compiled(line, head_dim, "causal", torch.float16)
     assert kernel.spill_bytes <= MOST_SPILLED["256"] and "f32.f16.f16" in kernel.ptx
 
@@ -106,10 +105,9 @@ def test_other_dims_ride_on_the_next_power_of_two(head_dim: int) -> None:
     ],
 )
 def test_long_dense_sequences_take_three_consumers(seqlen: int, mask: Mask, consumers: int) -> None:
-    q = torch.empty(1, seqlen, 1, 64, dtype=torch.bfloat16)
-    call = Call(mask=mask, softmax_scale=1.0, max_seqlen_q=seqlen, max_seqlen_k=seqlen)
-    sizes = launch.Sizes.of(q, q, q, call)
-    assert table.forward_tile(sizes.columns, seqlen, sizes.kind).consumers == consumers
+    band = as_band(mask)
+    kind = table.kind_of(None if band is None else (band.left, band.right))
+    assert table.forward_tile(64, kind, seqlen).consumers == consumers
 
 
 def test_lengths_and_windows_do_not_compile_anew() -> None:

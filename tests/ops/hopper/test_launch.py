@@ -29,13 +29,13 @@ def sizes(seqlen: int, heads: int, kv_heads: int, batch: int = 2, mask: Mask | N
 @pytest.mark.parametrize(("heads", "kv_heads", "batch"), [(1, 1, 1), (16, 16, 16), (32, 4, 3), (71, 1, 2)])
 def test_groups_hold_whole_groups_of_query_heads(seqlen, heads, kv_heads, batch, mask):
     own = sizes(seqlen, heads, kv_heads, batch, mask)
-    small, num_groups = own.groups(table.FORWARD[64], 132)
+    small, num_groups = own.groups(table.D64, 132)
     assert small >= 1 and small % (heads // kv_heads) == 0
     assert 0 <= num_groups * small <= heads * batch
 
 
 def test_the_last_group_evens_out_the_end_where_items_differ():
-    full, causal = (sizes(4096, 16, 16, 4, mask, 128).groups(table.FORWARD[128], 132) for mask in (Full(), Causal()))
+    full, causal = (sizes(4096, 16, 16, 4, mask, 128).groups(table.D128, 132) for mask in (Full(), Causal()))
     assert full == (5, 12)  # 5 heads of 32 tiles fill 132 CTAs
     assert causal == (5, 9) and (64 - 5 * 9) * 32 >= 4 * 132
 
@@ -46,7 +46,7 @@ def test_items_of_packed_sequences_are_bounded():
     terms = Call(
         mask=Full(), softmax_scale=1.0, max_seqlen_q=1000, max_seqlen_k=1000, cu_seqlens_q=bounds, cu_seqlens_k=bounds
     )
-    line = table.FORWARD[64]
+    line = table.D64
     exact = 4 * sum(-(-length // line.block_m) for length in (1000, 1, 2))
     assert exact <= launch.Sizes.of(q, q, q, terms).num_items(line) == 4 * (1003 // 128 + 3)
 
@@ -55,7 +55,7 @@ def test_items_of_packed_sequences_are_bounded():
 def test_lists_that_differ_by_batch_and_head_have_strides(heads, want):
     own = sizes(128, heads, heads, 2, MATRIX)
     assert own.list_strides(table.Tile(1, 64, 2, 2)) == want
-    assert sizes(128, heads, heads, 2, Window(3, 3, dilation=2) | Window(1, 1)).list_strides(table.FORWARD[64]) == (
+    assert sizes(128, heads, heads, 2, Window(3, 3, dilation=2) | Window(1, 1)).list_strides(table.D64) == (
         0,
         0,
     )
@@ -68,7 +68,7 @@ def test_columns_hold_both_dims(dim, dim_v, columns):
     assert launch.Sizes.of(q, q, v, terms).columns == columns
 
 
-@pytest.mark.parametrize("line", [*table.FORWARD.values(), *table.FORWARD_LONG.values()], ids=str)
+@pytest.mark.parametrize("line", [table.D64, table.D64_TALL, table.D128, table.D256], ids=str)
 def test_registers_fit_the_file(line):
     """65,536 of them; the warpgroup of the producer has those of all its four warps."""
     assert 128 * (line.consumers * line.consumer_registers + line.producer_registers) <= 65536

@@ -17,6 +17,7 @@ from hasten.ops.hopper.backward_rows import backward_after, backward_before
 from hasten.ops.hopper.bridge import OPTIONS
 from hasten.ops.hopper.envelope import untouchable
 from hasten.ops.hopper.sums import add_pieces
+from hasten.ops.hopper.table import BackwardTile, backward_tile
 from hasten.ops.launching import TENSOR, Described, Launch
 from hasten.ops.tiles import Pieces, as_band, tile_lists
 
@@ -27,24 +28,6 @@ _L2_BYTES = 32 * 2**20
 _TURNS_OF_LAST_GROUP = 4
 _ADDED_ROWS = 16  # of a program that adds up pieces
 _MOST_PLANS = 256
-
-
-class Tile(NamedTuple):
-    """Tile of the main kernel; blocks of rows loaded ahead; whether dV is multiplied before dP is waited for."""
-
-    block_m: int
-    block_n: int
-    ahead: int
-    order: int
-
-
-def backward_tile(columns: int, is_masked: bool, has_softcap: bool) -> Tile:
-    """The tile for head_dim padded to `columns`; measured on an H100 (docs/design/hopper-backward.md)."""
-    if columns == 64:  # tanh needs the registers of half the tile
-        return Tile(64, 128, 2, 1) if has_softcap else Tile(128, 128, 2, 0)
-    if columns == 128:
-        return Tile(64, 128, 2, 1 if is_masked else 0)
-    return Tile(64, 64, 1, 0)
 
 
 class Sizes(NamedTuple):
@@ -107,7 +90,7 @@ class Sizes(NamedTuple):
         return self.is_packed or self.has_padding or self.band != (None, None) or self.max_seqlen_k % 128 != 0
 
     @property
-    def tile(self) -> Tile:
+    def tile(self) -> BackwardTile:
         return backward_tile(self.columns, self.is_masked, self.softcap is not None)
 
     @property

@@ -67,7 +67,8 @@ def map_of(lists, visits, step):
     if lists is None:
         return 0
     else:
-        return gl.load(lists[2] + visits[4] + gl.maximum(gl.minimum(step, visits[5] - 1), 0))
+        entry = visits[4] + gl.minimum(step, visits[5] - 1)
+        return gl.load(lists[2] + entry, mask=visits[5] > 0, other=0)
 
 
 @gluon.jit

@@ -14,7 +14,7 @@ from hasten.ops.call import Call
 from hasten.ops.hopper.bridge import OPTIONS
 from hasten.ops.hopper.forward import attention_forward
 from hasten.ops.hopper.sums import merge_pieces
-from hasten.ops.hopper.table import Tile, forward_tile
+from hasten.ops.hopper.table import Tile, forward_tile, kind_of
 from hasten.ops.launching import TENSOR, Described, Launch
 from hasten.ops.tiles import as_band, tile_lists
 
@@ -71,14 +71,6 @@ class Sizes(NamedTuple):
             None if band is None else (band.left, band.right),
             (False, False) if band is not None else (mask.varies_by_batch, mask.varies_by_head),
         )
-
-    @property
-    def kind(self) -> str:
-        """The mask as the table of tiles knows it."""
-        if self.band is None:
-            return "list"
-        left, right = self.band
-        return "window" if left is not None else "full" if right is None else "causal"
 
     @property
     def columns(self) -> int:
@@ -185,7 +177,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """(out, lse), as `call.py` says."""
     device = q.device
     sizes = Sizes.of(q, k, v, call)
-    line = forward_tile(sizes.columns, sizes.max_seqlen_q, sizes.kind)
+    line = forward_tile(sizes.columns, kind_of(sizes.band), sizes.max_seqlen_q)
     out = q.new_empty((*q.shape[:-1], sizes.head_dim_v))
     shape = (sizes.num_heads, sizes.total_q) if sizes.is_packed else (sizes.batch, sizes.num_heads, sizes.total_q)
     lse = torch.empty(shape, dtype=torch.float32, device=device)
