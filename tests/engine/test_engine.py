@@ -282,6 +282,36 @@ def test_one_request_that_is_no_number_touches_no_other():
         assert ids_of(run(made, good, stays_open=True, logit_bias={66: -100.0})) == expected  # in the same pages
 
 
+def test_what_goes_wrong_between_steps_ends_its_request_alone(caplog):
+    with engine() as made:
+        add, cancel, seen = made._core.add, made._core.cancel, threading.Event()
+
+        def fragile_add(request):
+            if len(request.prompt) == 7:
+                raise LookupError("seven")
+            add(request)
+
+        def fragile_cancel(number):
+            if number in made._core.requests:
+                raise RuntimeError("no way out")
+            cancel(number)
+
+        made._core.add, made._core.cancel = fragile_add, fragile_cancel
+        with pytest.raises(HastenError, match="LookupError between two steps: seven"):
+            made.submit(prompt(7), Sampling(max_tokens=4)).result()
+        handle = made.submit(prompt(5), Sampling(max_tokens=200))
+        next(handle.events())
+        handle.cancel()
+        with pytest.raises(HastenError, match="RuntimeError between two steps: no way out"):
+            handle.result()
+        made.between_steps(lambda: {}["nothing"])
+        made.between_steps(seen.set)
+        assert seen.wait(10) and "KeyError between two steps" in caplog.text
+        made._core.cancel = cancel
+        assert ids_of(run(made, [prompt(5)], stays_open=True)) == [of_transformers("llama", 5)]
+        made.check_integrity()
+
+
 def test_one_request_that_breaks_the_model_touches_no_other():
     with engine() as made:
         forward = made._core.runner._forward

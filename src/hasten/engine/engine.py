@@ -7,6 +7,7 @@ reads them. Knows no text protocol.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -335,12 +336,23 @@ class Engine:
             self._step()
 
     def _receive(self, message: Request | int | Call) -> None:
-        if isinstance(message, int):
-            self._core.cancel(message)
-        elif isinstance(message, Request):
-            self._core.add(message)
-        else:
-            message()
+        """Take a message in; what goes wrong with it ends its request, and not the engine for all others."""
+        try:
+            if isinstance(message, int):
+                self._core.cancel(message)
+            elif isinstance(message, Request):
+                self._core.add(message)
+            else:
+                message()
+        except FAULTS as error:
+            told = HastenError(f"engine: {type(error).__name__} between two steps: {error}")
+            number = message if isinstance(message, int) else getattr(message, "number", None)
+            if number in self._core.requests:
+                self._core.fail(number, told)
+            elif isinstance(message, Request):
+                message.emit(Failed(error=told))
+            else:
+                logging.getLogger(__name__).error("%s", told)
 
     def _step(self) -> None:
         try:
