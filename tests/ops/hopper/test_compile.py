@@ -32,7 +32,7 @@ LINES = {"64": (64, table.D64), "64 long": (64, table.D64_TALL), "128": (128, ta
 # Scalars that ptxas keeps in memory though registers are left: written once an item, outside the loops over keys
 # (but for head_dim 256 with masks, where a visit reads a few). None of D = 128, whose loops are the tightest, but for
 # the entry of a packed item under Triton 3.9.
-MOST_SPILLED = {"64": 0, "64 long": 256, "128": 0 if bridge.OPTIONS == {} else 112, "256": 288}
+MOST_SPILLED = {"64": 0, "64 long": 256, "128": 0 if bridge.OPTIONS == {} else 96, "256": 288}
 
 
 def compiled(line: table.Tile, head_dim: int, terms: str, dtype: torch.dtype = torch.bfloat16) -> Compiled:

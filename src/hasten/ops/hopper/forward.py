@@ -40,7 +40,7 @@ from hasten.ops.hopper.cells import (
 from hasten.ops.hopper.finish import finish
 from hasten.ops.hopper.producer import produce
 from hasten.ops.hopper.rings import matrix, ring
-from hasten.ops.hopper.schedule import item_place, item_visits
+from hasten.ops.hopper.schedule import item_visits
 from hasten.ops.hopper.visits import partial_entry
 
 # sizes for which a kernel compiled for "1" or "a multiple of 16" gains nothing and costs seconds
@@ -51,26 +51,19 @@ LENGTHS = (
 
 
 @gluon.jit
-def _hear(slots, slot):
-    return gl.max(slots.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-
-
-@gluon.jit
-def _read_item(shared, where, turn, options: gl.constexpr):
-    """((sequence, head, tile, share of it), its visits and first bit map if they are listed): what the producer
-    handed over, with Q in its stage."""
+def _read_item(shared, turn, options: gl.constexpr):
+    """(sequence, head, tile, share of it) that the producer handed over, with Q in its stage."""
     _q, _k, _v, slots, q_full, _q_empty, _k_full, _v_full = shared
     Q_STAGES: gl.constexpr = options[4]
-    WORDS: gl.constexpr = slots.shape[0] // Q_STAGES
     stage = turn % Q_STAGES
     mbarrier.wait(q_full.index(stage), (turn // Q_STAGES) & 1)
-    at = WORDS * stage
-    item = (_hear(slots, at), _hear(slots, at + 1), _hear(slots, at + 2), _hear(slots, at + 3))
-    listed = (0, 0, 0, 0, 0)
-    if where[3] is not None:
-        full, num_full, partial = _hear(slots, at + 4), _hear(slots, at + 5), _hear(slots, at + 6)
-        listed = (full, num_full, partial, _hear(slots, at + 7), _hear(slots, at + 8))
-    return item, listed
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    number = gl.max(slots.index(3 * stage).load(layout), 0)
+    head = gl.max(slots.index(3 * stage + 1).load(layout), 0)
+    tile, share = gl.max(slots.index(3 * stage + 2).load(layout), 0), 0
+    if slots.shape[0] > 3 * Q_STAGES:
+        share = gl.max(slots.index(3 * Q_STAGES + stage).load(layout), 0)
+    return number, head, tile, share
 
 
 @gluon.jit
@@ -231,14 +224,9 @@ def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options:
     for stage in gl.static_range(2 * STAGES):  # all stages of K and V are free
         barrier_arrive(FIRST_BARRIER + stage, THREADS)
     turn, fill = 0, 0
-    item, listed = _read_item(shared, where, turn, options)
-    while item[0] >= 0:
-        number, head, tile, share = item
-        if where[3] is None:
-            visits, bounds, place = item_visits(where, number, head, tile, share, 64 * CONSUMERS, BLOCK_N)
-        else:
-            visits = (listed[0], listed[1], listed[2], 0, listed[2], listed[3])
-            bounds, place = item_place(where, number)
+    number, head, tile, share = _read_item(shared, turn, options)
+    while number >= 0:
+        visits, bounds, place = item_visits(where, number, head, tile, share, 64 * CONSUMERS, BLOCK_N)
         m0, num_full, num_partial = tile * CONSUMERS * 64, visits[1], visits[5]
         goal = tile
         if where[8] is not None:  # where the result belongs, in one number: a tile, or -1 - slot of a piece
@@ -257,7 +245,7 @@ def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options:
                 row_max, row_sum = gl.where(is_first, row_max, -float("inf")), gl.where(is_first, row_sum, 0.0)
         if num_full + num_partial > 0:
             entry = gl.where(num_partial > 0, partial_entry(visits, 0), visits[0])
-            bits, next_bits = listed[4], map_of(where[3], visits, 1)
+            bits, next_bits = map_of(where[3], visits, 0), map_of(where[3], visits, 1)
             p, rescale, row_max, row_sum = _first_visit(
                 q, row_max, row_sum, shared, where, bounds, m0, entry, bits, num_partial > 0, fill, terms,
                 CONSUMER, options,
@@ -291,7 +279,7 @@ def _consume(CONSUMER: gl.constexpr, shared, staged, where, terms, out, options:
             CONSUMER, options,
         )  # fmt: skip
         turn += 1
-        item, listed = _read_item(shared, where, turn, options)
+        number, head, tile, share = _read_item(shared, turn, options)
     tma_store_wait(0)
 
 
@@ -310,8 +298,8 @@ def attention_forward(
     """
     q_smem, staged = ring(q_desc, Q_STAGES * CONSUMERS), ring(out_desc, CONSUMERS)
     k_smem, v_smem = ring(k_desc, STAGES), ring(v_desc, STAGES)
-    WORDS: gl.constexpr = 4 if lists is None else 9  # of an item, as the producer hands it over
-    slots = gl.allocate_shared_memory(gl.int32, [WORDS * Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    SLOTS: gl.constexpr = 3 if pieces is None else 4  # numbers of an item
+    slots = gl.allocate_shared_memory(gl.int32, [SLOTS * Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

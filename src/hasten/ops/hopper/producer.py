@@ -7,30 +7,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from hasten.ops.hopper.bridge import FIRST_BARRIER, barrier_sync, partition_barrier, tma_load
-from hasten.ops.hopper.cells import map_of
-from hasten.ops.hopper.schedule import dense_place, first_lane, item_visits, packed_place, ranked_tile, take
+from hasten.ops.hopper.schedule import dense_place, item_visits, packed_place, ranked_tile, take
 from hasten.ops.hopper.visits import partial_entry, visited
 
 
 @gluon.jit
-def _hand_over(q_desc, shared, turn, item, at, listed, options: gl.constexpr):
-    """Tell the consumers their next item and load its Q, as soon as a stage of Q is free.
-
-    item: (sequence, head, tile, share); at: (batch, first row). listed: None, or the visits and the first bit map,
-    which consumers would have to wait for.
-    """
+def _hand_over(q_desc, shared, turn, number, head, tile, share, batch, row, options: gl.constexpr):
+    """Tell the consumers their next item and load its Q, as soon as a stage of Q is free."""
     q_smem, _k, _v, slots, q_full, q_empty, _k_full, _v_full = shared
     CONSUMERS: gl.constexpr = options[2]
     Q_STAGES: gl.constexpr = options[4]
-    WORDS: gl.constexpr = slots.shape[0] // Q_STAGES
     stage = turn % Q_STAGES
     mbarrier.wait(q_empty.index(stage), ((turn // Q_STAGES) & 1) ^ 1)
-    number, head, tile, _share = item
-    for word in gl.static_range(4):
-        _tell(slots, WORDS * stage + word, item[word])
-    if listed is not None:
-        for word in gl.static_range(5):
-            _tell(slots, WORDS * stage + 4 + word, listed[word])
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slots.index(3 * stage).store(gl.full([1], number, gl.int32, layout))
+    slots.index(3 * stage + 1).store(gl.full([1], head, gl.int32, layout))
+    slots.index(3 * stage + 2).store(gl.full([1], tile, gl.int32, layout))
+    if slots.shape[0] > 3 * Q_STAGES:
+        slots.index(3 * Q_STAGES + stage).store(gl.full([1], share, gl.int32, layout))
     partition_barrier()
     full = q_full.index(stage)
     if number < 0:
@@ -38,13 +32,8 @@ def _hand_over(q_desc, shared, turn, item, at, listed, options: gl.constexpr):
     else:
         mbarrier.expect(full, CONSUMERS * q_desc.block_type.nbytes)
         for consumer in gl.static_range(CONSUMERS):
-            rows = at[1] + (tile * CONSUMERS + consumer) * 64
-            tma_load(q_desc, [at[0], head, rows, 0], full, q_smem.index(stage * CONSUMERS + consumer))
-
-
-@gluon.jit
-def _tell(slots, slot, value):
-    slots.index(slot).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+            rows = row + (tile * CONSUMERS + consumer) * 64
+            tma_load(q_desc, [batch, head, rows, 0], full, q_smem.index(stage * CONSUMERS + consumer))
 
 
 @gluon.jit
@@ -63,72 +52,47 @@ def _next_place(item, base, before, where, order, options: gl.constexpr):
 
 
 @gluon.jit
-def _tile_of(lists, visits, step):
-    """The tile of keys of a step through `visits`: the partial ones come first."""
-    entry = gl.where(step < visits[5], partial_entry(visits, step), visits[0] + step - visits[5])
-    return visited(lists, entry, visits[1] + visits[5] > 0)
-
-
-@gluon.jit
 def produce(descriptors, shared, where, counter, order, options: gl.constexpr):
     """Take items until there are none, and load what they need.
 
-    To take the next item, place it and look up what it sees are four reads of global memory, each about 600 cycles
-    and each needing the one before: one of them begins beside each tile of this item, from the second tile on.
+    The next item is taken and placed, about 2,000 cycles of latency, when the first two tiles of this one are loaded.
     """
     q_desc, k_desc, v_desc = descriptors
     _q, k_smem, v_smem, _slots, _q_full, _q_empty, k_full, v_full = shared
     BLOCK_N: gl.constexpr = options[0]
-    BLOCK_M: gl.constexpr = 64 * options[2]
     STAGES: gl.constexpr = options[3]
     THREADS: gl.constexpr = 128 * options[2] + 32
     lists, group_size = where[3], order[5]
     turn, fill, base, before = 0, 0, 0, 0
     number, head, tile, share, base, before = _next_place(gl.program_id(0), base, before, where, order, options)
-    visits, _bounds, place = item_visits(where, number, head, tile, share, BLOCK_M, BLOCK_N)
-    tile_k, bits = _tile_of(lists, visits, 0), map_of(lists, visits, 0)
-    claimed = take(counter, False)
     while number >= 0:
+        visits, _, place = item_visits(where, number, head, tile, share, 64 * options[2], BLOCK_N)
         batch, row, key, _ = place
         num_visits = visits[1] + visits[5]
-        last = gl.maximum(num_visits - 1, 0)
-        item, at_q = (number, head, tile, share), (batch, row)
-        listed = None if lists is None else (visits[0], visits[1], visits[4], visits[5], bits)
-        next_number, next_head, next_tile, next_share = number, head, tile, share
-        next_visits, next_place, next_tile_k, next_bits = visits, place, tile_k, bits
+        next_number, next_head, next_tile, next_share = -1, 0, 0, 0
         if num_visits == 0:
-            _hand_over(q_desc, shared, turn, item, at_q, listed, options)
-        for step in range(0, last + 1):
+            _hand_over(q_desc, shared, turn, number, head, tile, share, batch, row, options)
+        for step in range(0, gl.maximum(num_visits, 1)):
             if num_visits > 0:
-                at = [batch, head // group_size, key + tile_k * BLOCK_N, 0]
-                tile_k = _tile_of(lists, visits, gl.minimum(step + 1, last))
+                entry = gl.where(step < visits[5], partial_entry(visits, step), visits[0] + step - visits[5])
+                at = [batch, head // group_size, key + visited(lists, entry) * BLOCK_N, 0]
                 stage = fill % STAGES
                 barrier_sync(FIRST_BARRIER + stage, THREADS)
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                 tma_load(k_desc, at, k_full.index(stage), k_smem.index(stage))
                 if step == 0:  # after K, which is free before the Q of the item before
-                    _hand_over(q_desc, shared, turn, item, at_q, listed, options)
+                    _hand_over(q_desc, shared, turn, number, head, tile, share, batch, row, options)
                 barrier_sync(FIRST_BARRIER + STAGES + stage, THREADS)
                 mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
                 tma_load(v_desc, at, v_full.index(stage), v_smem.index(stage))
                 fill += 1
-            if step == gl.minimum(last, 1):
-                claimed = take(counter, True)
-            if step == gl.minimum(last, 2):
-                next_item = first_lane(claimed) + gl.num_programs(0)
+            if step == gl.maximum(gl.minimum(num_visits - 1, 1), 0):
+                item = take(counter, gl.num_programs(0))
                 next_number, next_head, next_tile, next_share, base, before = _next_place(
-                    next_item, base, before, where, order, options
+                    item, base, before, where, order, options
                 )
-            if step == gl.minimum(last, 3):
-                next_visits, _bounds, next_place = item_visits(
-                    where, next_number, next_head, next_tile, next_share, BLOCK_M, BLOCK_N
-                )
-            if step == gl.minimum(last, 4):
-                next_tile_k, next_bits = _tile_of(lists, next_visits, 0), map_of(lists, next_visits, 0)
         number, head, tile, share = next_number, next_head, next_tile, next_share
-        visits, place, tile_k, bits = next_visits, next_place, next_tile_k, next_bits
         turn += 1
-    listed = None if lists is None else (0, 0, 0, 0, 0)
-    _hand_over(q_desc, shared, turn, (number, 0, 0, 0), (0, 0), listed, options)
+    _hand_over(q_desc, shared, turn, number, 0, 0, 0, 0, 0, options)
     for stage in gl.static_range(2 * STAGES):  # leave no named barrier half full
         barrier_sync(FIRST_BARRIER + stage, THREADS)

@@ -23,17 +23,9 @@ def _add(one, other):
 
 
 @gluon.jit
-def take(counter, is_wanted):
-    """The next number that nobody has, if one `is_wanted`: in the first lane of one warp, not waited for."""
-    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    return gl.atomic_add(counter + lanes * 0, gl.full_like(lanes, 1), mask=(lanes == 0) & is_wanted, sem="relaxed")
-
-
-@gluon.jit
-def first_lane(value):
-    """The value of the first lane of a warp, in all of them."""
-    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    return gl.sum(gl.where(lanes == 0, value, 0), 0)
+def take(counter, num_programs):
+    """The next item that nobody has; the first of a program is its own number."""
+    return gl.atomic_add(counter, 1, sem="relaxed") + num_programs
 
 
 @gluon.jit
@@ -99,28 +91,18 @@ def packed_place(item, cu_seqlens, base, before, num_heads, batch, BLOCK_M: gl.c
 
 
 @gluon.jit
-def item_place(where, number):
-    """Where a sequence lies: ((shift, first_key, end_key), (batch of q, first row, first key, length of q))."""
-    cu_seqlens_q, cu_seqlens_k, key_range, _lists, _band, seqlen_q, seqlen_k, _strides, _pieces, _ = where
+def item_visits(where, number, head, tile, share, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """What an item sees: (visits, (shift, first_key, end_key), (first row, length of q), (first key, batch of k))."""
+    cu_seqlens_q, cu_seqlens_k, key_range, lists, band, seqlen_q, seqlen_k, list_strides, pieces, _ = where
     batch, row, length_q = sequence(cu_seqlens_q, number, seqlen_q)
     _, key, length_k = sequence(cu_seqlens_k, number, seqlen_k)
     first_key, end_key = key_bounds(key_range, number, length_k)
-    return (length_k - length_q, first_key, end_key), (batch, row, key, length_q)
-
-
-@gluon.jit
-def item_visits(where, number, head, tile, share, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """What an item sees: (visits, bounds and place as `item_place`); anything for number -1, after the last item."""
-    lists, band, list_strides, pieces = where[3], where[4], where[7], where[8]
-    number = gl.maximum(number, 0)
-    bounds, place = item_place(where, number)
-    shift, first_key, end_key = bounds
-    m0 = tile * BLOCK_M
+    shift, m0 = length_k - length_q, tile * BLOCK_M
     row_of_tiles = tile
     if lists is not None:
         row_of_tiles = number * list_strides[0] + head * list_strides[1] + tile
-    m1 = gl.minimum(m0 + BLOCK_M, place[3])
+    m1 = gl.minimum(m0 + BLOCK_M, length_q)
     visits = key_visits(lists, row_of_tiles, m0, m1, shift, band[0], band[1], first_key, end_key, BLOCK_N)
     if pieces is not None:
         visits = share_of(visits, share)
-    return visits, bounds, place
+    return visits, (shift, first_key, end_key), (batch, row, key, length_q)

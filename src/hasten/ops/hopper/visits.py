@@ -93,9 +93,9 @@ def partial_entry(visits, step):
 
 
 @gluon.jit
-def visited(lists, entry, exists=True):
-    """The tile that an entry stands for; 0 for one that does not exist."""
+def visited(lists, entry):
+    """The tile that an entry stands for."""
     if lists is None:
         return entry
     else:
-        return gl.load(lists[1] + entry, mask=exists, other=0)
+        return gl.load(lists[1] + entry)
