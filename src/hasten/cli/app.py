@@ -23,6 +23,7 @@ from hasten.errors import HastenError
 # verb -> the line `hasten --help` shows, in the order it shows them
 VERBS = {
     "generate": "Stream text from a model (the built-in one when none is named), then its figures.",
+    "serve": "Serve a model over HTTP, as the OpenAI clients ask for it.",
     "explain": "Say which implementation a call gets here and why, with its FLOPs, bytes and roofline time.",
     "convert": "Turn a checkpoint into one of another architecture, with a report of every tensor.",
     "train": "Train a model on local data; the same command resumes it, to the bit.",

@@ -157,10 +157,13 @@ class Engine:
         timeout_s: float | None = None,
         is_chat: bool = False,
         salt: str | None = "",
+        on_event: Callable[[Event], None] | None = None,
     ) -> Handle:
         """Let a request join the batches; returns at once. timeout_s: then it ends with finish_reason "deadline".
 
         salt: of a tenant, whose prompt cache is apart from those of others; None is public, and found by all.
+        on_event: is given every event, `Failed` too, in the engine's thread, and must return at once; the handle then
+        has none, and only cancels.
         prompt: a text (a user's turn if is_chat) or token ids. Raises ArgumentError for what cannot be served.
         """
         sampling = _sampling(sampling)
@@ -169,7 +172,7 @@ class Engine:
         request = self._request(prompts.encode(self.tokenizer, prompt, is_chat=is_chat), sampling, timeout_s)
         prepare(request, salt, self.prompt_cache)
         handle = Handle(self, request.number, request.num_records)
-        request.emit = handle.queue.put
+        request.emit = handle.queue.put if on_event is None else on_event
         self._send(request)
         return handle
 
