@@ -25,6 +25,9 @@ def serve(
     max_running: Annotated[int | None, typer.Option(help="Sequences computed at once; more wait.")] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait for a first token; more get 429.")] = 256,
     max_request_bytes: Annotated[int, typer.Option(help="The longest body of a request.")] = 4 * 2**20,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Keys, one a line, of which requests must send one; each has its own cache.")
+    ] = None,
     shutdown_s: Annotated[float, typer.Option(help="At the end, requests have so long to finish.")] = 30.0,
     no_prompt_cache: Annotated[
         bool, typer.Option("--no-prompt-cache", help="Compute every prompt whole, to see what the cache saves.")
@@ -44,11 +47,12 @@ def serve(
         from hasten.models import builtin
 
         try:
-            from hasten.serve import app, server
+            from hasten.serve import app, keys, server
         except ImportError as error:
             raise MissingExtraError("serve", "hasten serve") from error
 
         limits = app.Limits(max_waiting=max_waiting, body_bytes=max_request_bytes)
+        known = None if api_key_file is None else keys.Keys.read(api_key_file)
         transformers.utils.logging.set_verbosity_error()  # what matters comes as an error of ours
         transformers.utils.logging.disable_progress_bar()
         path = builtin.path() if model is None else Path(model)
@@ -63,7 +67,7 @@ def serve(
         )
     with made:
         called = name or Path(path).resolve().name
-        running = server.server(app.app(made, called, limits), shutdown_s=shutdown_s)
+        running = server.server(app.app(made, called, limits, known), shutdown_s=shutdown_s)
         with server.listen(host, port) as listening:
             place = f"http://{host}:{listening.getsockname()[1]}/v1"
             console.print(f"serving {called} at {place}", markup=False, soft_wrap=True)

@@ -24,7 +24,9 @@ from hasten.engine import Engine, Finished, Token
 from hasten.errors import ArgumentError, ArgumentTypeError, HastenError
 from hasten.serve import fields
 from hasten.serve.calls import Calls
+from hasten.serve.chat import Chat
 from hasten.serve.completions import Completion
+from hasten.serve.keys import Keys
 from hasten.serve.refusals import Refusal, refusal_of
 
 Answered = TypeVar("Answered")
@@ -51,19 +53,22 @@ class Limits:
             raise ArgumentError("body_s", "more than 0 seconds", self.body_s, "choose a larger one")
 
 
-def app(engine: Engine, model_name: str, limits: Limits | None = None) -> Starlette:
+def app(engine: Engine, model_name: str, limits: Limits | None = None, keys: Keys | None = None) -> Starlette:
     """The app of an engine that has a tokenizer. model_name: by which requests name the model.
+
+    keys: one of which must be sent with everything but /health; each is a tenant of the prompt cache.
 
     The engine is the caller's to close, after the app's last request.
     """
     if engine.tokenizer is None:
         raise ArgumentError("engine", "one with a tokenizer", "one without", "pass tokenizer= to Engine")
-    server = _Server(engine, model_name, limits or Limits())
+    server = _Server(engine, model_name, limits or Limits(), keys or Keys())
     routes = [
         Route("/health", server.health, methods=["GET"]),
         Route("/v1/models", server.models, methods=["GET"]),
         Route("/v1/models/{name:path}", server.model, methods=["GET"]),
         Route("/v1/completions", server.completions, methods=["POST"]),
+        Route("/v1/chat/completions", server.chat, methods=["POST"]),
     ]
     handlers: Any = {Refusal: _refused, HTTPException: _not_found, Exception: _broken}
     made = Starlette(routes=routes, exception_handlers=handlers)
@@ -74,8 +79,8 @@ def app(engine: Engine, model_name: str, limits: Limits | None = None) -> Starle
 class _Server:
     """What the routes share."""
 
-    def __init__(self, engine: Engine, model_name: str, limits: Limits) -> None:
-        self._engine, self._limits = engine, limits
+    def __init__(self, engine: Engine, model_name: str, limits: Limits, keys: Keys) -> None:
+        self._engine, self._limits, self._keys = engine, limits, keys
         self.calls = Calls(engine, limits.max_waiting)
         self._model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "hasten"}
 
@@ -84,28 +89,36 @@ class _Server:
         return JSONResponse({"status": "ok", "num_running": stats.num_running, "num_waiting": self.calls.num_waiting})
 
     async def models(self, request: Request) -> Response:
+        self._salt(request)
         return JSONResponse({"object": "list", "data": [self._model]})
 
     async def model(self, request: Request) -> Response:
+        self._salt(request)
         self._check_model(request.path_params["name"])
         return JSONResponse(self._model)
 
     async def completions(self, request: Request) -> Response:
-        body = await self._body(request)
+        return await self._answer(request, Completion)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, Chat)
+
+    def _salt(self, request: Request) -> str:
+        return self._keys.salt(request.headers.get("authorization"))
+
+    async def _answer(self, request: Request, protocol: type[Completion] | type[Chat]) -> Response:
+        """Run a request; a stream begins once its prompts are accepted, so that refusals have a status."""
+        salt, body = self._salt(request), await self._body(request)
         try:
-            asked = Completion(body, self._engine.tokenizer)
+            asked: Completion | Chat = await asyncio.to_thread(protocol, body, self._engine.tokenizer)
         except Refusal:
             raise
         except HastenError as error:
             raise refusal_of(error) from error
         self._check_model(asked.model)
-        return await self._answer(request, asked)
-
-    async def _answer(self, request: Request, asked: Completion) -> Response:
-        """Run a request; a stream begins once its prompts are accepted, so that refusals have a status."""
         stack = contextlib.AsyncExitStack()
         try:
-            opening = self.calls.open(asked.prompts, asked.sampling, "")
+            opening = self.calls.open(asked.prompts, asked.sampling, salt)
             call = await _unless_gone(request.receive, stack.enter_async_context(opening))
             if asked.is_stream:
                 return _Stream(asked, call.events(), stack.pop_all())
@@ -144,7 +157,7 @@ class _Server:
 class _Stream(Response):
     """Chunks as server-sent events; who leaves ends it, and so the call behind it."""
 
-    def __init__(self, asked: Completion, events: Events, stack: contextlib.AsyncExitStack) -> None:
+    def __init__(self, asked: Completion | Chat, events: Events, stack: contextlib.AsyncExitStack) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
         self._asked, self._events, self._stack = asked, events, stack

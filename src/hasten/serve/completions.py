@@ -16,23 +16,13 @@ from hasten.engine import Finished, Logprobs, Sampling, Token
 from hasten.serve import fields
 from hasten.serve.calls import Prompt
 from hasten.serve.refusals import Refusal, bad_field
+from hasten.serve.usage import Usage
 
 MAX_PROMPTS = 128
 MAX_TOKENS = 16  # of OpenAI's completions where none is given
 LOWEST = -9999.0  # JSON has no infinity
 _OWN = ("model", "prompt", "max_tokens", "stop", "logprobs", "echo", "logit_bias", "stream", "stream_options")
 FIELDS = frozenset((*_OWN, *fields.SAMPLED))
-
-
-def usage(records: Mapping[int, Finished], num_tokens: int) -> dict[str, Any]:
-    """Tokens of a call. records: one of each prompt. num_tokens: new ones."""
-    num_prompt = sum(one.prompt_tokens for one in records.values())
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_tokens,
-        "total_tokens": num_prompt + num_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in records.values())},
-    }
 
 
 class Completion:
@@ -63,8 +53,7 @@ class Completion:
         self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         self._head["model"] = self.model
         self._choices = [_Choice() for _ in range(len(self.prompts) * self.sampling.n)]
-        self._records: dict[int, Finished] = {}
-        self._num_tokens = 0
+        self._usage = Usage()
 
     def answer(self, events: Sequence[tuple[int, Token | Finished]]) -> dict[str, Any]:
         """The whole answer, from all events."""
@@ -86,7 +75,7 @@ class Completion:
             table = self._table(self._choices[index], ids, logprobs)
             reason = "length" if self._is_empty else record.finish_reason
             choices.append({"index": index, "text": text, "logprobs": table, "finish_reason": reason})
-        return {**self._head, "choices": choices, "usage": usage(self._records, self._num_tokens)}
+        return {**self._head, "choices": choices, "usage": self._usage.json()}
 
     def chunks(self, number: int, event: Token | Finished) -> list[dict[str, Any]]:
         """What a stream says about an event of a prompt: none to three chunks."""
@@ -108,15 +97,14 @@ class Completion:
         """What a stream ends with: its usage, if that was asked for."""
         if not self._wants_usage:
             return []
-        return [{**self._head, "choices": [], "usage": usage(self._records, self._num_tokens)}]
+        return [{**self._head, "choices": [], "usage": self._usage.json()}]
 
     def _chunk(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head, "choices": [choice], **({"usage": None} if self._wants_usage else {})}
 
     def _count(self, number: int, record: Finished) -> None:
-        self._records[number] = record
-        self._num_tokens += 0 if self._is_empty else len(record.token_ids)
+        self._usage.add(number, record, 0 if self._is_empty else len(record.token_ids))
 
     def _begin(self, number: int, logprobs: Sequence[Logprobs | None]) -> tuple[str, list[int], list[Logprobs | None]]:
         """(text, tokens, log probabilities) that stand before the new ones: those of the prompt with echo."""
@@ -179,4 +167,4 @@ def _are_ids(value: Any) -> bool:
     return is_list and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
 
 
-__all__ = ["Completion", "usage"]
+__all__ = ["Completion"]

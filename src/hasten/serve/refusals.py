@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from hasten.errors import ArgumentError, ArgumentTypeError, HastenError
+from hasten.errors import ArgumentError, ArgumentTypeError, HastenError, MissingExtraError
 
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
@@ -58,6 +58,8 @@ def refusal_of(error: HastenError) -> Refusal:
         if name == "engine":
             return shutting_down()
         return Refusal(400, str(error), param=name, code="invalid_value")
+    if isinstance(error, MissingExtraError) and error.extra == "structured":
+        return Refusal(400, str(error), param="response_format", code="unsupported")
     return Refusal(500, str(error), code="engine_error")
 
 
