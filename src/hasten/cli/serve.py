@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from hasten.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from hasten.engine import Checkpoint
 
 
 def serve(
@@ -28,6 +32,9 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="Keys, one a line, of which requests must send one; each has its own cache.")
     ] = None,
+    metrics_key_file: Annotated[
+        Path | None, typer.Option(help="Keys for /metrics; without, it is there only if there are no API keys.")
+    ] = None,
     shutdown_s: Annotated[float, typer.Option(help="At the end, requests have so long to finish.")] = 30.0,
     no_prompt_cache: Annotated[
         bool, typer.Option("--no-prompt-cache", help="Compute every prompt whole, to see what the cache saves.")
@@ -41,10 +48,7 @@ def serve(
     """Serve a model, the built-in one when none is named, until interrupted."""
     console = Console(stderr=True, highlight=False)
     with console.status("starting PyTorch and transformers") as status:
-        import transformers  # takes seconds: here, under the status, and not for --help
-
-        from hasten import engine
-        from hasten.models import builtin
+        from hasten import engine  # takes seconds: here, under the status, and not for --help
 
         try:
             from hasten.serve import app, keys, server
@@ -52,11 +56,8 @@ def serve(
             raise MissingExtraError("serve", "hasten serve") from error
 
         limits = app.Limits(max_waiting=max_waiting, body_bytes=max_request_bytes)
-        known = None if api_key_file is None else keys.Keys.read(api_key_file)
-        transformers.utils.logging.set_verbosity_error()  # what matters comes as an error of ours
-        transformers.utils.logging.disable_progress_bar()
-        path = builtin.path() if model is None else Path(model)
-        loaded = engine.load(path, device=device, dtype=dtype, allow_pickle=allow_pickle, progress=status.update)
+        known, operators = (None if one is None else keys.Keys.read(one) for one in (api_key_file, metrics_key_file))
+        loaded = _load(model, device, dtype, allow_pickle, status.update)
         status.update("making the KV cache")
         made = engine.Engine(
             loaded.model,
@@ -66,12 +67,26 @@ def serve(
             prompt_cache=None if no_prompt_cache else True,
         )
     with made:
-        called = name or Path(path).resolve().name
-        running = server.server(app.app(made, called, limits, known), shutdown_s=shutdown_s)
+        called = name or loaded.path.resolve().name
+        running = server.server(app.app(made, called, limits, known, operators), shutdown_s=shutdown_s)
         with server.listen(host, port) as listening:
             place = f"http://{host}:{listening.getsockname()[1]}/v1"
             console.print(f"serving {called} at {place}", markup=False, soft_wrap=True)
             running.run(sockets=[listening])
+
+
+def _load(
+    model: str | None, device: str, dtype: str, allow_pickle: bool, progress: Callable[[str], None]
+) -> Checkpoint:
+    import transformers  # as above
+
+    from hasten import engine
+    from hasten.models import builtin
+
+    transformers.utils.logging.set_verbosity_error()  # what matters comes as an error of ours
+    transformers.utils.logging.disable_progress_bar()
+    path = builtin.path() if model is None else model
+    return engine.load(path, device=device, dtype=dtype, allow_pickle=allow_pickle, progress=progress)
 
 
 __all__ = ["serve"]

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hasten.engine import Engine, Finished, Token
 from hasten.errors import ArgumentError, ArgumentTypeError, HastenError
@@ -27,6 +27,7 @@ from hasten.serve.calls import Calls
 from hasten.serve.chat import Chat
 from hasten.serve.completions import Completion
 from hasten.serve.keys import Keys
+from hasten.serve.metrics import FORMAT, Metrics
 from hasten.serve.refusals import Refusal, refusal_of
 
 Answered = TypeVar("Answered")
@@ -53,16 +54,24 @@ class Limits:
             raise ArgumentError("body_s", "more than 0 seconds", self.body_s, "choose a larger one")
 
 
-def app(engine: Engine, model_name: str, limits: Limits | None = None, keys: Keys | None = None) -> Starlette:
+def app(
+    engine: Engine,
+    model_name: str,
+    limits: Limits | None = None,
+    keys: Keys | None = None,
+    metrics_keys: Keys | None = None,
+) -> Starlette:
     """The app of an engine that has a tokenizer. model_name: by which requests name the model.
 
-    keys: one of which must be sent with everything but /health; each is a tenant of the prompt cache.
+    keys: one of which must be sent with every path of /v1; each is a tenant of the prompt cache.
+    metrics_keys: of the operator, for /metrics, whose figures no tenant may see: without them it is there only where
+    there are no keys.
 
     The engine is the caller's to close, after the app's last request.
     """
     if engine.tokenizer is None:
         raise ArgumentError("engine", "one with a tokenizer", "one without", "pass tokenizer= to Engine")
-    server = _Server(engine, model_name, limits or Limits(), keys or Keys())
+    server = _Server(engine, model_name, limits or Limits(), keys or Keys(), metrics_keys or Keys())
     routes = [
         Route("/health", server.health, methods=["GET"]),
         Route("/v1/models", server.models, methods=["GET"]),
@@ -70,8 +79,11 @@ def app(engine: Engine, model_name: str, limits: Limits | None = None, keys: Key
         Route("/v1/completions", server.completions, methods=["POST"]),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
     ]
+    if metrics_keys is not None or keys is None:
+        routes.append(Route("/metrics", server.metrics, methods=["GET"]))
     handlers: Any = {Refusal: _refused, HTTPException: _not_found, Exception: _broken}
     made = Starlette(routes=routes, exception_handlers=handlers)
+    made.add_middleware(_Counted, metrics=server.calls.metrics)
     made.state.calls = server.calls
     return made
 
@@ -79,14 +91,18 @@ def app(engine: Engine, model_name: str, limits: Limits | None = None, keys: Key
 class _Server:
     """What the routes share."""
 
-    def __init__(self, engine: Engine, model_name: str, limits: Limits, keys: Keys) -> None:
-        self._engine, self._limits, self._keys = engine, limits, keys
+    def __init__(self, engine: Engine, model_name: str, limits: Limits, keys: Keys, metrics_keys: Keys) -> None:
+        self._engine, self._limits, self._keys, self._metrics_keys = engine, limits, keys, metrics_keys
         self.calls = Calls(engine, limits.max_waiting)
         self._model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "hasten"}
 
     async def health(self, request: Request) -> Response:
         stats = self._engine.stats()
         return JSONResponse({"status": "ok", "num_running": stats.num_running, "num_waiting": self.calls.num_waiting})
+
+    async def metrics(self, request: Request) -> Response:
+        self._metrics_keys.salt(request.headers.get("authorization"))
+        return Response(self.calls.metrics.text(), headers={"Content-Type": FORMAT})
 
     async def models(self, request: Request) -> Response:
         self._salt(request)
@@ -152,6 +168,21 @@ class _Server:
         except TimeoutError as error:
             raise Refusal(408, f"the body did not come within {self._limits.body_s:g} s; send it faster") from error
         return fields.read_body(bytes(data))
+
+
+class _Counted:
+    """Counts the responses of the protocols by their status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start" and scope["path"].startswith("/v1/"):
+                self._metrics.responded(message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counted)
 
 
 class _Stream(Response):

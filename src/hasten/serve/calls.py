@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 
 from hasten.engine import Engine, Failed, Finished, Handle, Sampling, Token
 from hasten.errors import HastenError
+from hasten.serve.metrics import Metrics
 from hasten.serve.refusals import Refusal, refusal_of, shutting_down
 
 Prompt = str | Sequence[int]
@@ -23,6 +25,7 @@ class Calls:
 
     def __init__(self, engine: Engine, max_waiting: int) -> None:
         self.engine, self.max_waiting, self.num_waiting, self.num_open = engine, max_waiting, 0, 0
+        self.metrics = Metrics(engine.stats, lambda: self.num_waiting)
 
     @contextlib.asynccontextmanager
     async def open(self, prompts: Sequence[Prompt], sampling: Sampling, salt: str) -> AsyncIterator[Call]:
@@ -52,7 +55,7 @@ class Call:
         self._calls, self._loop = calls, asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._handles: list[Handle] = []
-        self._is_over, self._is_waiting = False, True
+        self._is_over, self._is_waiting, self._since_s = False, True, time.monotonic()
         self._num_left = 0
         calls.num_waiting += 1
         calls.num_open += 1
@@ -76,11 +79,14 @@ class Call:
         """(number of the prompt, event) as they come, until all have ended. Raises what a prompt failed with."""
         while self._num_left:
             number, event = await self._queue.get()
-            self._stop_waiting()
             if isinstance(event, Failed):
                 raise refusal_of(event.error)
+            if self._is_waiting:
+                self._calls.metrics.began(self._since_s)
+                self._stop_waiting()
             if isinstance(event, Finished):
                 self._num_left -= 1
+                self._calls.metrics.ended(event)
                 if event.finish_reason == "cancelled":
                     raise shutting_down()
             yield number, event
