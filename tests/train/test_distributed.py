@@ -50,11 +50,11 @@ for turn, (how, values) in enumerate(json.loads(sys.argv[1])):
             rank(number, config, f"{config.out}-store-{turn}")
     while how == "kill" and not glob.glob(config.out + "/checkpoints/step-*"):
         time.sleep(0.005)
-    for child in children:
-        if how == "kill":
-            os.kill(child, signal.SIGKILL)
+    for child in children if how == "kill" else ():
+        os.kill(child, signal.SIGKILL)
+    for child in children:  # the second may see the first one's end, and end by itself, before its own signal comes
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code == (-signal.SIGKILL if how == "kill" else 0), code
+        assert code in ((-signal.SIGKILL, 1) if how == "kill" else (0,)), code
 """
 
 
