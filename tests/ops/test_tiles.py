@@ -322,8 +322,8 @@ def test_longformer_at_65536_is_quick() -> None:
     mask = Window(256, 256) | Global(tuple(range(64)))
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         lists = tiles.build_tile_lists(mask, 1, 1, 65536, 65536, 128, 64, CPU)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert lists.density < 0.02
-    assert min(times) < 2.0, "about 0.2 s on two idle cores"
+    assert min(times) < 2.0, "about 0.2 s of the processor, whatever else it does"
