@@ -72,6 +72,8 @@ def join(device: str) -> Iterator[World]:
             yield World(_device(device, local), rank, dist.get_world_size())
         else:
             yield World(_device(device, 0))
+        if begins:
+            dist.barrier()  # leave together: a process that ends while another still talks to it can take it down
     finally:
         if begins:
             dist.destroy_process_group()
