@@ -13,7 +13,7 @@ from hasten.bench import ceilings, suites
 from hasten.bench.problems import Pattern, Problem
 from hasten.bench.timing import Plan
 from hasten.cli import app
-from hasten.cli.bench import find_device
+from hasten.cli.measuring import find_device
 from hasten.errors import ArgumentError
 
 SMALL = ("--tokens", "64", "--width", "32", "--head-dim", "16", "--seqlen", "32", "--device", "cpu", "--quick")

@@ -23,6 +23,7 @@ from hasten.bench.problems import Pattern, Problem, parse_dtype
 from hasten.bench.records import Record
 from hasten.bench.timing import Plan
 from hasten.cli import bench_decode, bench_generate, bench_longformer, bench_prompt_cache
+from hasten.cli.measuring import AsJson, Collector, Commit, Device, Dtype, Out, find_device, tell
 from hasten.errors import ArgumentError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure hasten beside its peers on this machine.")
@@ -37,11 +38,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"head_dim": "64", "seqlen": "256..1024", "tokens": 1024, "width": 512, "dtype": "fp32"},
 }
 
-Device = Annotated[str | None, typer.Option(help="cuda or cpu; by default the GPU where there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default bf16 on a GPU, fp32 on a CPU.")]
-Out = Annotated[Path | None, typer.Option(help="Append the records to this file, one JSON line each.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the records instead of tables.")]
-Commit = Annotated[str | None, typer.Option(help="Commit of the sources, where git is not there to say.")]
 CausalMask = Annotated[bool, typer.Option("--causal", help="Causal mask (with --full, both; that is the default).")]
 Masks = Annotated[
     list[str] | None, typer.Option(help="blocks:PERCENT, documents:MEAN, packed:MEAN length; may be repeated.")
@@ -108,7 +104,7 @@ def attention(
     )
     made = Collector(out, as_json)
     attention_suite.run(options, made.emit, tell)
-    made.show()
+    show(made)
     if plot:
         plots.plot(made.records, plot)
         tell(f"wrote {plot}")
@@ -146,7 +142,7 @@ def training(
     )
     made = Collector(out, as_json)
     training_suite.run(options, made.emit, tell)
-    made.show()
+    show(made)
 
 
 @app.command("table")
@@ -165,30 +161,14 @@ def plot_records(
     tell(f"wrote {out}")
 
 
-class Collector:
-    """Where records go as they are made: to a file, to stdout as JSON, and into the tables at the end."""
-
-    def __init__(self, path: Path | None, as_json: bool) -> None:
-        self.path, self.as_json = path, as_json
-        self.records: list[Record] = []
-
-    def emit(self, made: Sequence[Record]) -> None:
-        """Keep records, and write them at once: a run that is cut short keeps what it has."""
-        self.records += made
-        if self.path is not None:
-            records.append(self.path, made)
-        if self.as_json:
-            for record in made:
-                print(records.to_line(record), flush=True)
-
-    def show(self) -> None:
-        """Print the tables, unless JSON was asked for."""
-        if not self.as_json:
-            console = Console(width=None if sys.stdout.isatty() else 240)
-            for grid in tables.grids(self.records):
-                console.print(to_rich(grid))
-        if self.path is not None:
-            tell(f"{len(self.records)} records in {self.path}")
+def show(made: Collector) -> None:
+    """Print the tables, unless JSON was asked for."""
+    if not made.as_json:
+        console = Console(width=None if sys.stdout.isatty() else 240)
+        for grid in tables.grids(made.records):
+            console.print(to_rich(grid))
+    if made.path is not None:
+        tell(f"{len(made.records)} records in {made.path}")
 
 
 def to_rich(grid: tables.Grid) -> Table:
@@ -199,24 +179,6 @@ def to_rich(grid: tables.Grid) -> Table:
     for row in grid.rows:
         made.add_row(*(Text(cell.text, style="bold green" if cell.is_best else "") for cell in row))
     return made
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device asked for, or the GPU where there is one; raises ArgumentError for one that is not here."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ArgumentError("device", "cuda or cpu", repr(name), "leave it out to have it chosen") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device", "a device of this machine", repr(name), "PyTorch sees no GPU; see hasten doctor")
-    return device
-
-
-def tell(line: str) -> None:
-    """A line of talk, to stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _patterns(causal: bool, full: bool, windows: list[str], longformers: list[str], masks: list[str]) -> list[Pattern]:

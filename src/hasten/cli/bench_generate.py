@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hasten.bench import records
 from hasten.bench.problems import parse_dtype
-from hasten.bench.records import Record
 from hasten.bench.suites import parse_sizes
+from hasten.cli.measuring import AsJson, Collector, Commit, Device, Out, find_device, tell
 from hasten.errors import ArgumentError
 
 #: what is measured when nothing is said, by kind of device
@@ -33,14 +31,13 @@ def generate(
     kv_dtype: Annotated[str | None, typer.Option(help="int8 or fp8, of the engine's cache.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs that count, after one to warm up.")] = 3,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; by default bf16 on a GPU.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; by default the GPU where there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Append the records to this file, one JSON line each.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records instead of a table.")] = False,
-    commit: Annotated[str | None, typer.Option(help="Commit of the sources, where git is not there to say.")] = None,
+    device: Device = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    commit: Commit = None,
 ) -> None:
     """Many prompts continued at once: ms a step and tokens/s, ours beside transformers', and the share of bandwidth."""
     from hasten.bench import generation as suite  # loads transformers, seconds that the other verbs save
-    from hasten.cli.bench import find_device, tell  # that module adds this verb, so it cannot be imported first
 
     place = find_device(device)
     usual = DEFAULTS.get(place.type, DEFAULTS["cpu"])
@@ -63,16 +60,7 @@ def generate(
         repeats=repeats,
         commit=commit,
     )
-    made: list[Record] = []
-
-    def emit(some: list[Record]) -> None:
-        made.extend(some)
-        if out is not None:
-            records.append(out, some)
-        if as_json:
-            for record in some:
-                print(records.to_line(record), flush=True)
-
-    suite.run(options, emit, tell)
+    made = Collector(out, as_json)
+    suite.run(options, made.emit, tell)
     if not as_json:
-        print(suite.table(made))
+        print(suite.table(made.records))

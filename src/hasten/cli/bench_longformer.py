@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hasten.bench import longformer as suite
-from hasten.bench import records
-from hasten.bench.records import Record
 from hasten.bench.suites import parse_sizes
+from hasten.cli.measuring import AsJson, Collector, Commit, Device, Out, find_device, tell
 
 
 def longformer(
@@ -22,14 +20,12 @@ def longformer(
     variants: Annotated[str, typer.Option(help="hasten, huggingface, full.")] = ",".join(suite.VARIANTS),
     repeats: Annotated[int, typer.Option(min=1, help="Steps that count, after one to warm up.")] = 3,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; by default the GPU where there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Append the records to this file, one JSON line each.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records instead of a table.")] = False,
-    commit: Annotated[str | None, typer.Option(help="Commit of the sources, where git is not there to say.")] = None,
+    device: Device = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    commit: Commit = None,
 ) -> None:
     """Forward and backward of Longformer attention against length: ours, Hugging Face's, full attention."""
-    from hasten.cli.bench import find_device, tell  # that module adds this verb, so it cannot be imported first
-
     place = find_device(device)
     chosen = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     options = suite.Options(
@@ -42,16 +38,7 @@ def longformer(
         repeats=repeats,
         commit=commit,
     )
-    made: list[Record] = []
-
-    def emit(some: list[Record]) -> None:
-        made.extend(some)
-        if out is not None:
-            records.append(out, some)
-        if as_json:
-            for record in some:
-                print(records.to_line(record), flush=True)
-
-    suite.run(options, emit, tell)
+    made = Collector(out, as_json)
+    suite.run(options, made.emit, tell)
     if not as_json:
-        print(suite.table(made))
+        print(suite.table(made.records))

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from hasten.bench import records
-from hasten.bench.records import Record
 from hasten.bench.suites import parse_sizes
+from hasten.cli.measuring import AsJson, Collector, Commit, Device, Out, find_device, tell
 
 
 def prompt_cache(
@@ -18,14 +17,13 @@ def prompt_cache(
     known: Annotated[str, typer.Option(help="How much of them is known, in percent.")] = "50,100",
     repeats: Annotated[int, typer.Option(min=1, help="Prompts that count, after one to warm up.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="On which disk files go; the system's temporary folder.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; by default the GPU where there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Append the records to this file, one JSON line each.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records instead of a table.")] = False,
-    commit: Annotated[str | None, typer.Option(help="Commit of the sources, where git is not there to say.")] = None,
+    device: Device = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    commit: Commit = None,
 ) -> None:
     """Time to the first token over prompt length and share of it that is known, and from where on reading pays."""
     from hasten.bench import prompt_cache as suite  # loads transformers, seconds that the other verbs save
-    from hasten.cli.bench import find_device, tell  # that module adds this verb, so it cannot be imported first
     from hasten.models import builtin
 
     options = suite.Options(
@@ -37,16 +35,7 @@ def prompt_cache(
         repeats=repeats,
         commit=commit,
     )
-    made: list[Record] = []
-
-    def emit(some: list[Record]) -> None:
-        made.extend(some)
-        if out is not None:
-            records.append(out, some)
-        if as_json:
-            for record in some:
-                print(records.to_line(record), flush=True)
-
-    suite.run(options, emit, tell)
+    made = Collector(out, as_json)
+    suite.run(options, made.emit, tell)
     if not as_json:
-        print(suite.table(made))
+        print(suite.table(made.records))

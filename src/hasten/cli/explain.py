@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hasten.bench.problems import Pattern, Problem, parse_dtype
-from hasten.cli.bench import Device, find_device
+from hasten.cli.measuring import Device, find_device
 from hasten.ops.explain import explain as explain_attention
 
 
