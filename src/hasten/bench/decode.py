@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hasten.bench import records
+from hasten.bench import records, tables
 from hasten.bench.records import Record
 from hasten.bench.suites import parse_sizes
 from hasten.bench.timing import Plan as TimingPlan
@@ -309,15 +309,12 @@ def peer(name: str) -> Variant:
 
 def table(some: Sequence[Record]) -> str:
     """The records as one Markdown table: microseconds (share of the read bandwidth)."""
-    names = list(dict.fromkeys(record["implementation"] for record in some))
-    rows: dict[str, dict[str, str]] = {}
-    for record in some:
-        shared = f" shared={record['shared']}" if record["shared"] else ""
-        row = rows.setdefault(f"{record['name']} ctx={record['context']} B={record['batch']}{shared}", {})
-        row[record["implementation"]] = _told(record)
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    lines += [f"| {case} | " + " | ".join(row.get(name, "—") for name in names) + " |" for case, row in rows.items()]
-    return "\n".join(lines)
+    return tables.markdown("", some, _case, _told)
+
+
+def _case(record: Record) -> str:
+    shared = f" shared={record['shared']}" if record["shared"] else ""
+    return f"{record['name']} ctx={record['context']} B={record['batch']}{shared}"
 
 
 def _told(record: Record) -> str:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from hasten.bench import records
+from hasten.bench import records, tables
 from hasten.bench.decode import measure_read
 from hasten.bench.problems import dtype_name
 from hasten.bench.records import Record
@@ -258,14 +258,11 @@ def _agreement(tokens: Tensor, truth: Tensor) -> Record:
 
 def table(some: Sequence[Record]) -> str:
     """The records as one Markdown table: ms a step, tokens/s of decoding, share of the read bandwidth."""
-    names = list(dict.fromkeys(record["implementation"] for record in some))
-    rows: dict[str, dict[str, str]] = {}
-    for record in some:
-        row = rows.setdefault(f"{record['model']} {record['batch']}x{record['prompt']}+{record['new']}", {})
-        row[record["implementation"]] = _told(record)
-    lines = ["| batch x prompt + new | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    lines += [f"| {case} | " + " | ".join(row.get(name, "—") for name in names) + " |" for case, row in rows.items()]
-    return "\n".join(lines)
+    return tables.markdown("batch x prompt + new", some, _case, _told)
+
+
+def _case(record: Record) -> str:
+    return f"{record['model']} {record['batch']}x{record['prompt']}+{record['new']}"
 
 
 def _told(record: Record) -> str:

@@ -72,6 +72,17 @@ def grids(all_records: Sequence[Record]) -> list[Grid]:
 Rows = list[tuple[tuple[object, ...], list[Record]]]
 
 
+def markdown(corner: str, some: Sequence[Record], case: Callable[[Record], str], told: Callable[[Record], str]) -> str:
+    """One Markdown table: a line for each `case`, a column for each implementation, in each cell what is `told`."""
+    names = list(dict.fromkeys(record["implementation"] for record in some))
+    rows: dict[str, dict[str, str]] = {}
+    for record in some:
+        rows.setdefault(case(record), {})[record["implementation"]] = told(record)
+    lines = [f"| {corner + ' ' if corner else ''}| " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    lines += [f"| {one} | " + " | ".join(row.get(name, "—") for name in names) + " |" for one, row in rows.items()]
+    return "\n".join(lines)
+
+
 def _split(some: Sequence[Record], fields: Sequence[str]) -> Rows:
     """Records by the values of some fields, in the order in which these first appear."""
     groups: dict[tuple[object, ...], list[Record]] = {}

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from hasten import config
+from hasten.cli.loading import load
 
 if TYPE_CHECKING:
     from hasten.engine import Checkpoint, Finished, Token
@@ -65,7 +66,7 @@ def generate(
             stop_ids=tuple(stop_id or ()),
         )
         text = sys.stdin.read() if prompt == "-" else prompt
-        checkpoint = _load(model, device, dtype, allow_pickle, status.update)
+        checkpoint = load(model, device, dtype, allow_pickle, status.update)
         threads = engine.step_threads(checkpoint.model) if config.num_threads() is None else None
         runner = engine.Runner(checkpoint.model, use_cache=not no_kv_cache, may_lay_out=True, step_threads=threads)
         status.update("recording the decode step")
@@ -77,18 +78,6 @@ def generate(
         return
     for line in figures(finished, checkpoint):
         console.print(line, style="dim", soft_wrap=True, markup=False)
-
-
-def _load(model: str | None, device: str, dtype: str, allow_pickle: bool, progress: Any) -> Checkpoint:
-    import transformers  # as above
-
-    from hasten import engine
-    from hasten.models import builtin
-
-    transformers.utils.logging.set_verbosity_error()  # what matters comes as an error of ours
-    transformers.utils.logging.disable_progress_bar()
-    path = builtin.path() if model is None else model
-    return engine.load(path, device=device, dtype=dtype, allow_pickle=allow_pickle, progress=progress)
 
 
 def _show(events: Iterator[Token | Finished], *, is_quiet: bool) -> Finished:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from hasten.cli.loading import load
 from hasten.errors import MissingExtraError
-
-if TYPE_CHECKING:
-    from hasten.engine import Checkpoint
 
 
 def serve(
@@ -57,7 +54,7 @@ def serve(
 
         limits = app.Limits(max_waiting=max_waiting, body_bytes=max_request_bytes)
         known, operators = (None if one is None else keys.Keys.read(one) for one in (api_key_file, metrics_key_file))
-        loaded = _load(model, device, dtype, allow_pickle, status.update)
+        loaded = load(model, device, dtype, allow_pickle, status.update)
         status.update("making the KV cache")
         made = engine.Engine(
             loaded.model,
@@ -73,20 +70,6 @@ def serve(
             place = f"http://{host}:{listening.getsockname()[1]}/v1"
             console.print(f"serving {called} at {place}", markup=False, soft_wrap=True)
             running.run(sockets=[listening])
-
-
-def _load(
-    model: str | None, device: str, dtype: str, allow_pickle: bool, progress: Callable[[str], None]
-) -> Checkpoint:
-    import transformers  # as above
-
-    from hasten import engine
-    from hasten.models import builtin
-
-    transformers.utils.logging.set_verbosity_error()  # what matters comes as an error of ours
-    transformers.utils.logging.disable_progress_bar()
-    path = builtin.path() if model is None else model
-    return engine.load(path, device=device, dtype=dtype, allow_pickle=allow_pickle, progress=progress)
 
 
 __all__ = ["serve"]

@@ -16,6 +16,7 @@ from hasten.ops.hopper.backward import attention_backward
 from hasten.ops.hopper.backward_rows import backward_after, backward_before
 from hasten.ops.hopper.bridge import OPTIONS
 from hasten.ops.hopper.envelope import untouchable
+from hasten.ops.hopper.launch import num_multiprocessors
 from hasten.ops.hopper.sums import add_pieces
 from hasten.ops.hopper.table import BackwardTile, backward_tile
 from hasten.ops.launching import TENSOR, Described, Launch
@@ -151,12 +152,6 @@ class Workspace(NamedTuple):
         dq_sum = torch.empty((blocks * block_m * sizes.columns // 64, 64), dtype=torch.float32, device=device)
         numbers = torch.empty(4 + blocks, dtype=torch.int32, device=device)
         return cls(stats, dq_sum, numbers[4:], numbers[:1])
-
-
-@lru_cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Programs of a persistent kernel: one for each."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=_MOST_PLANS)
