@@ -1,7 +1,9 @@
 """Tile shapes of the Hopper kernels (sm_90): a table by phase, head_dim and kind of mask, and what was measured.
 
-TFLOP/s on an H100 (SXM, bf16) from `python -m hasten.bench.hopper_tiles`: 16k tokens by 2048 at 1k, 4k, 16k full, or
-causal; a window of 512 at 64k; as lists, Longformer (256 each side and 64 global) at 16k and blocks at 10 % density.
+TFLOP/s on an H100 (SXM, bf16): 16k tokens by 2048 at 1k, 4k, 16k full, or causal; a window of 512 at 64k; as lists,
+Longformer (256 each side and 64 global) at 16k and blocks at 10 % density. Taken by
+scripts with the timers of the bench, but for the backward, whose record docs/log.md names. To take them again:
+`python -m hasten.bench.hopper_tiles`, which has not run on a GPU yet.
 """
 
 from __future__ import annotations
